@@ -1,0 +1,231 @@
+"""The differentiable public functions: :func:`topk_encode`, :func:`sparse_decode`.
+
+Shapes: N tokens, D width, L latents, K active latents.
+
+Each is a ``torch.autograd.Function`` over four primitives (encode, decode and their backwards) that a
+backend provides: ``triton`` (this package's kernels) or ``cpu``. The primitives are registered as torch
+operators, so ``torch.compile(fullgraph=True)`` and FakeTensor see them as opaque, shaped calls.
+"""
+
+from __future__ import annotations
+
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from . import reference
+from .reference import EncoderOutput, accumulator_dtype
+
+NAMESPACE = __name__.split(".")[0].replace("-", "_")
+BACKENDS = ("triton", "cpu")
+
+
+def backend(name: str) -> ModuleType:
+    """The module with ``encode, decode, encode_backward, decode_backward, select`` of that name."""
+    if name == "triton":
+        from . import launch
+
+        return launch
+    if name == "cpu":
+        from . import cpu
+
+        return cpu
+    raise ValueError(f"implementation: expected one of {(*BACKENDS, 'reference')}, got {name!r}")
+
+
+# ---- primitives as torch operators -------------------------------------------------------------------
+
+
+@torch.library.custom_op(f"{NAMESPACE}::encode", mutates_args=())
+def _encode(
+    x: Tensor, weight: Tensor, bias: Tensor, latent_mask: Tensor | None, k: int, activation: str, impl: str
+) -> tuple[Tensor, Tensor]:
+    return backend(impl).encode(x, weight, bias, k, activation, latent_mask)
+
+
+@_encode.register_fake
+def _(x, weight, bias, latent_mask, k, activation, impl):
+    shape = (x.shape[0], k)
+    return x.new_empty(shape, dtype=accumulator_dtype(x.dtype)), x.new_empty(shape, dtype=torch.int64)
+
+
+@torch.library.custom_op(f"{NAMESPACE}::encode_backward", mutates_args=())
+def _encode_backward(
+    d_acts: Tensor, top_indices: Tensor, x: Tensor, num_latents: int, impl: str
+) -> tuple[Tensor, Tensor]:
+    return backend(impl).encode_backward(d_acts, top_indices, x, num_latents)
+
+
+@_encode_backward.register_fake
+def _(d_acts, top_indices, x, num_latents, impl):
+    acc = accumulator_dtype(x.dtype)
+    return x.new_empty((num_latents, x.shape[1]), dtype=acc), x.new_empty(num_latents, dtype=acc)
+
+
+@torch.library.custom_op(f"{NAMESPACE}::decode", mutates_args=())
+def _decode(top_acts: Tensor, top_indices: Tensor, W_dec: Tensor, b_dec: Tensor | None, impl: str) -> Tensor:
+    return backend(impl).decode(top_acts, top_indices, W_dec, b_dec)
+
+
+@_decode.register_fake
+def _(top_acts, top_indices, W_dec, b_dec, impl):
+    return W_dec.new_empty((top_acts.shape[0], W_dec.shape[1]))
+
+
+@torch.library.custom_op(f"{NAMESPACE}::decode_backward", mutates_args=())
+def _decode_backward(
+    grad_out: Tensor, top_acts: Tensor, top_indices: Tensor, W_dec: Tensor, impl: str
+) -> tuple[Tensor, Tensor]:
+    return backend(impl).decode_backward(grad_out, top_acts, top_indices, W_dec)
+
+
+@_decode_backward.register_fake
+def _(grad_out, top_acts, top_indices, W_dec, impl):
+    return torch.empty_like(top_acts), torch.empty_like(W_dec, dtype=accumulator_dtype(W_dec.dtype))
+
+
+@torch.library.custom_op(f"{NAMESPACE}::select", mutates_args=())
+def _select(pre_acts: Tensor, k: int, activation: str, impl: str) -> Tensor:
+    return backend(impl).select(pre_acts, k, activation)
+
+
+@_select.register_fake
+def _(pre_acts, k, activation, impl):
+    return pre_acts.new_empty((pre_acts.shape[0], k), dtype=torch.int64)
+
+
+# ---- autograd ----------------------------------------------------------------------------------------
+
+
+class TopKEncode(torch.autograd.Function):
+    """``acts, indices = TopK(ReLU(x weightᵀ + bias))``, differentiable in x, weight and bias.
+
+    A selected latent whose activation is 0 gets no gradient (ReLU's mask).
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, latent_mask, k, activation, impl):
+        top_acts, top_indices = _encode(x, weight, bias, latent_mask, k, activation, impl)
+        ctx.save_for_backward(x, weight, top_acts, top_indices)
+        ctx.bias_dtype, ctx.impl = bias.dtype, impl
+        ctx.mark_non_differentiable(top_indices)
+        return top_acts, top_indices
+
+    @staticmethod
+    def backward(ctx, d_acts, _):
+        x, weight, top_acts, top_indices = ctx.saved_tensors
+        d_acts = d_acts.masked_fill(top_acts <= 0, 0.0)  # [N, K]
+        dx = d_weight = d_bias = None
+        if ctx.needs_input_grad[0]:
+            dx = _decode(d_acts, top_indices, weight, None, ctx.impl).to(x.dtype)
+        if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
+            d_weight, d_bias = _encode_backward(d_acts, top_indices, x, weight.shape[0], ctx.impl)
+            d_weight, d_bias = d_weight.to(weight.dtype), d_bias.to(ctx.bias_dtype)
+        return dx, d_weight, d_bias, None, None, None, None
+
+
+class SparseDecode(torch.autograd.Function):
+    """``out = Σ_j acts[:, j] W_dec[indices[:, j]]``, differentiable in acts and W_dec."""
+
+    @staticmethod
+    def forward(ctx, top_acts, top_indices, W_dec, impl):
+        ctx.save_for_backward(top_acts, top_indices, W_dec)
+        ctx.impl = impl
+        return _decode(top_acts, top_indices, W_dec, None, impl)
+
+    @staticmethod
+    def backward(ctx, grad_out):
+        top_acts, top_indices, W_dec = ctx.saved_tensors
+        if not (ctx.needs_input_grad[0] or ctx.needs_input_grad[2]):
+            return None, None, None, None
+        d_acts, d_W_dec = _decode_backward(grad_out.contiguous(), top_acts, top_indices, W_dec, ctx.impl)
+        return d_acts, None, d_W_dec.to(W_dec.dtype), None
+
+
+# ---- public functions --------------------------------------------------------------------------------
+
+
+def topk_encode(
+    x: Tensor,  # [N, D]
+    weight: Tensor,  # [L, D]
+    bias: Tensor,  # [L]
+    k: int,
+    *,
+    b_dec: Tensor | None = None,  # [D]
+    activation: str = "topk",
+    latent_mask: Tensor | None = None,  # bool [L]
+    return_pre_acts: bool = False,
+    implementation: str = "triton",
+) -> EncoderOutput:
+    """``TopK(ReLU((x - b_dec) weightᵀ + bias))`` (Gao et al. 2024, arXiv 2406.04093, eq. 1), exact.
+
+    The product is computed in ``x.dtype`` (the weights are rounded to it) with float32 accumulation, or
+    in float64. Equal activations: the smaller index first. A row with fewer than k positive activations
+    is filled up with zeros at the smallest indices that are left; NaN ranks above everything, so that it
+    reaches the loss. Latents outside ``latent_mask`` count as 0. ``activation="groupmax"`` takes the
+    largest of each of k contiguous groups instead. ``return_pre_acts`` makes the dense [N, L] matrix.
+
+    Raises ``ValueError`` where shapes, dtypes or k do not fit.
+    """
+    _check_encode(x, weight, bias, k, b_dec, activation, latent_mask)
+    if implementation == "reference":
+        return reference.topk_encode(
+            x, weight, bias, k,
+            b_dec=b_dec, activation=activation, latent_mask=latent_mask, return_pre_acts=return_pre_acts,
+        )  # fmt: skip
+    backend(implementation)
+    x = reference.center(x, b_dec)
+    if return_pre_acts:  # dense anyway: autograd differentiates both outputs
+        pre_acts = reference.scores(x, weight, bias).relu()
+        allowed = pre_acts if latent_mask is None else pre_acts.masked_fill(~latent_mask, 0.0)
+        top_indices = _select(allowed.detach(), k, activation, implementation)
+        return EncoderOutput(allowed.gather(-1, top_indices), top_indices, allowed)
+    top_acts, top_indices = TopKEncode.apply(x, weight, bias, latent_mask, k, activation, implementation)
+    return EncoderOutput(top_acts, top_indices, None)
+
+
+def sparse_decode(
+    top_acts: Tensor,  # [N, K]
+    top_indices: Tensor,  # [N, K]
+    W_dec: Tensor,  # [L, D]
+    b_dec: Tensor | None = None,  # [D]
+    *,
+    implementation: str = "triton",
+) -> Tensor:
+    """``Σ_j top_acts[:, j] W_dec[top_indices[:, j]] + b_dec``: [N, D] in W_dec's dtype, summed in float32.
+
+    ``top_indices`` may be int32 or int64 and must lie in [0, L); repeated indices add up.
+    Raises ``ValueError`` where shapes do not fit.
+    """
+    if top_acts.shape != top_indices.shape or top_acts.ndim != 2 or W_dec.ndim != 2:
+        raise ValueError(
+            "sparse_decode: expected top_acts [N, K], top_indices [N, K], W_dec [L, D], "
+            f"got {list(top_acts.shape)}, {list(top_indices.shape)}, {list(W_dec.shape)}"
+        )
+    if implementation == "reference":
+        return reference.sparse_decode(top_acts, top_indices, W_dec, b_dec)
+    backend(implementation)
+    out = SparseDecode.apply(top_acts, top_indices, W_dec, implementation)
+    return out if b_dec is None else out + b_dec.to(out.dtype)
+
+
+def _check_encode(x, weight, bias, k, b_dec, activation, latent_mask) -> None:
+    if x.ndim != 2 or weight.ndim != 2 or x.shape[1] != weight.shape[1] or bias.shape != weight.shape[:1]:
+        raise ValueError(
+            "topk_encode: expected x [N, D], weight [L, D], bias [L], "
+            f"got {list(x.shape)}, {list(weight.shape)}, {list(bias.shape)}"
+        )
+    num_latents = weight.shape[0]
+    if not 1 <= k <= num_latents:
+        raise ValueError(f"topk_encode: expected 1 <= k <= number of latents ({num_latents}), got k = {k}")
+    if activation not in ("topk", "groupmax"):
+        raise ValueError(f"topk_encode: expected activation 'topk' or 'groupmax', got {activation!r}")
+    if activation == "groupmax" and num_latents % k:
+        raise ValueError(f"topk_encode: groupmax needs latents divisible by k, got {num_latents} latents, k = {k}")
+    if b_dec is not None and b_dec.shape != x.shape[1:]:
+        raise ValueError(f"topk_encode: expected b_dec [{x.shape[1]}], got {list(b_dec.shape)}")
+    if latent_mask is not None and (latent_mask.dtype != torch.bool or latent_mask.shape != bias.shape):
+        raise ValueError(
+            f"topk_encode: expected latent_mask bool [{num_latents}], got {latent_mask.dtype} {list(latent_mask.shape)}"
+        )
