@@ -12,6 +12,12 @@ import sysconfig
 import zlib
 from pathlib import Path
 
+NAME = "demo"
+"""The name of the model on the command line."""
+
+DATASET = "stdlib"
+"""The name of its text on the command line."""
+
 MODEL_DIR = Path(__file__).parent / "model"
 """A Hugging Face model folder: ``AutoModel.from_pretrained(MODEL_DIR)`` works."""
 

@@ -1,0 +1,145 @@
+"""Coders on disk and on the hub, in sparsify's format: a folder with ``cfg.json`` and ``sae.safetensors``.
+
+This room knows configs and tensors; :class:`fastsae.FastSae` makes modules of them.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
+from natsort import natsorted
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from .config import SaeConfig
+from .errors import CheckpointError
+
+CONFIG_FILE = "cfg.json"
+WEIGHTS_FILE = "sae.safetensors"
+
+
+def read_coder(folder: Path | str) -> tuple[SaeConfig, int, dict[str, Tensor], dict[str, Any]]:
+    """(config, d_in, tensors in the file's dtypes, fastsae's own notes) of one saved coder.
+
+    Raises :class:`CheckpointError` where the folder holds no coder, or a damaged one.
+    """
+    folder = Path(folder)
+    values = _read_config(folder / CONFIG_FILE)
+    if values.get("signed"):
+        raise CheckpointError(
+            f"{folder}: expected a coder with ReLU, got one with signed activations (sparsify, mid-2024), "
+            "which select by magnitude; load it with the sparsify release that trained it"
+        )
+    if not isinstance(d_in := values.get("d_in"), int) or d_in < 1:
+        raise CheckpointError(f"{folder / CONFIG_FILE}: expected d_in, the input width, got {d_in!r}")
+    cfg = SaeConfig.from_dict(values)
+    try:
+        tensors = load_file(folder / WEIGHTS_FILE)
+    except FileNotFoundError:
+        raise CheckpointError(f"{folder}: expected {WEIGHTS_FILE} beside {CONFIG_FILE}, found none") from None
+    except SafetensorError as error:
+        raise CheckpointError(f"{folder / WEIGHTS_FILE}: not a readable safetensors file ({error})") from None
+    _check_shapes(folder, tensors, cfg, d_in)
+    return cfg, d_in, tensors, values.get("fastsae", {})
+
+
+def write_coder(
+    folder: Path | str, cfg: SaeConfig, d_in: int, tensors: dict[str, Tensor], notes: dict[str, Any]
+) -> None:
+    """Write one coder; each file is written beside and renamed, so that a crash leaves no half file."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    weights = {name: tensor.detach().to("cpu").contiguous() for name, tensor in tensors.items()}
+    beside = folder / f"{WEIGHTS_FILE}.part"
+    save_file(weights, beside)
+    os.replace(beside, folder / WEIGHTS_FILE)
+    write_json(folder / CONFIG_FILE, {**cfg.to_dict(), "d_in": d_in, "fastsae": notes})
+
+
+def write_json(path: Path, value: Any) -> None:
+    beside = path.with_name(path.name + ".part")
+    beside.write_text(json.dumps(value, indent=2) + "\n")
+    os.replace(beside, path)
+
+
+def find_coders(root: Path | str, *, pattern: str | None = None) -> dict[str, Path]:
+    """The coders below ``root`` by name (``h.0.mlp.act``, or ``h.0/seed1``), in natural order.
+
+    Folders without a ``cfg.json``, and the copies under ``best/``, are not coders. ``pattern`` is a
+    wildcard on the whole name or on its hookpoint.
+    """
+    root = Path(root)
+    found = {}
+    for config in [*root.glob(f"*/{CONFIG_FILE}"), *root.glob(f"*/seed*/{CONFIG_FILE}")]:
+        name = config.parent.relative_to(root).as_posix()
+        hookpoint = name.partition("/")[0]
+        if hookpoint != "best" and (pattern is None or fnmatchcase(name, pattern) or fnmatchcase(hookpoint, pattern)):
+            found[name] = config.parent
+    return {name: found[name] for name in natsorted(found)}
+
+
+def named_coder(root: Path, name: str) -> Path:
+    """The folder of the coder called ``name``; the error lists those that exist."""
+    if (root / name / CONFIG_FILE).is_file():
+        return root / name
+    names = list(find_coders(root))
+    close = difflib.get_close_matches(name, names, n=3)
+    listed = ", ".join(close or names[:8]) or "none"
+    raise CheckpointError(f"no coder {name!r} in {root}; {'did you mean' if close else 'it holds'}: {listed}")
+
+
+def download(repo: str, allow_patterns: str | None = None) -> Path:
+    """A hub repository's snapshot (or the part that matches), as a folder of the local cache."""
+    try:
+        return Path(snapshot_download(repo, allow_patterns=allow_patterns))
+    except (RepositoryNotFoundError, LocalEntryNotFoundError, HFValidationError, HfHubHTTPError) as error:
+        first_line = str(error).strip().splitlines()[0]
+        raise CheckpointError(
+            f"expected a Hugging Face hub repository, got {repo!r}: {first_line} "
+            "Check the name and the network; for a folder on disk use load_from_disk or load_many(..., local=True)"
+        ) from None
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise CheckpointError(
+            f"expected a coder's folder with {path.name}, found none in {path.parent}; "
+            "for a run with several coders name the hookpoint, or use load_many"
+        ) from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{path}: not readable as JSON ({error})") from None
+    if not isinstance(values, dict):
+        raise CheckpointError(f"{path}: expected a JSON object, got {type(values).__name__}")
+    return values
+
+
+def _check_shapes(folder: Path, tensors: dict[str, Tensor], cfg: SaeConfig, d_in: int) -> None:
+    num_latents = cfg.latents_for(d_in)
+    expected: dict[str, tuple[int, ...]] = {
+        "encoder.weight": (num_latents, d_in), "encoder.bias": (num_latents,), "W_dec": (num_latents, d_in),
+        "b_dec": (d_in,),
+    }  # fmt: skip
+    if cfg.skip_connection:
+        expected["W_skip"] = (d_in, d_in)
+    for name, shape in expected.items():
+        got = tuple(tensors[name].shape) if name in tensors else None
+        if got != shape and not (name == "W_dec" and got is None):  # a file may leave the decoder out
+            raise CheckpointError(
+                f"{folder / WEIGHTS_FILE}: expected {name} {list(shape)} from {CONFIG_FILE}, "
+                f"got {'nothing' if got is None else list(got)}"
+            )
+    if extra := set(tensors) - set(expected):
+        raise CheckpointError(f"{folder / WEIGHTS_FILE}: unexpected tensors {sorted(extra)}; not a sparsify coder")
+    if not all(torch.is_floating_point(t) for t in tensors.values()):
+        raise CheckpointError(f"{folder / WEIGHTS_FILE}: expected floating-point tensors")

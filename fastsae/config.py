@@ -1,0 +1,275 @@
+"""Frozen configs, a sentence under each field, checked at birth. The command line is made from them.
+
+The sentences are read back by :func:`field_docs` for ``--help``, so there is one list of options.
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import inspect
+import textwrap
+import types
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from .errors import ConfigError
+
+
+@dataclass(frozen=True)
+class SaeConfig:
+    """Configuration of one sparse coder; the names are sparsify's."""
+
+    activation: Literal["topk", "groupmax"] = "topk"
+    """How latents are selected: the k largest, or the largest of each of k groups."""
+
+    expansion_factor: int = 32
+    """Number of latents as a multiple of the input width."""
+
+    normalize_decoder: bool = True
+    """Keep every decoder row at unit norm (SAEs only; a transcoder's decoder starts at zero)."""
+
+    num_latents: int = 0
+    """Number of latents; 0 means width times expansion factor."""
+
+    k: int = 32
+    """Number of active latents per token."""
+
+    multi_topk: bool = False
+    """Add the Multi-TopK loss: 1/8 of the FVU reached with 4k latents."""
+
+    skip_connection: bool = False
+    """Add a linear map from the input to the output."""
+
+    transcode: bool = False
+    """Predict a module's output from its input, instead of reconstructing its output."""
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        _require(self.k >= 1, "k", "at least 1", self.k)
+        _require(self.expansion_factor >= 1, "expansion_factor", "at least 1", self.expansion_factor)
+        _require(self.num_latents >= 0, "num_latents", "0 (derived) or more", self.num_latents)
+        if self.num_latents:
+            self.check_latents(self.num_latents)
+
+    def latents_for(self, d_in: int) -> int:
+        """Number of latents on a width of ``d_in``; raises :class:`ConfigError` where k does not fit."""
+        num_latents = self.num_latents or d_in * self.expansion_factor
+        self.check_latents(num_latents)
+        return num_latents
+
+    def check_latents(self, num_latents: int) -> None:
+        needed = 4 * self.k if self.multi_topk else self.k
+        what = "4k (Multi-TopK)" if self.multi_topk else "k"
+        if needed > num_latents:
+            raise ConfigError(
+                f"expected {what} <= number of latents, got {what} = {needed} and {num_latents} latents; "
+                "lower --k or raise --expansion-factor or --num-latents"
+            )
+        if self.activation == "groupmax" and num_latents % self.k:
+            raise ConfigError(
+                f"groupmax expects a number of latents divisible by k, got {num_latents} latents and k = {self.k}; "
+                f"try --k {_nearest_divisor(num_latents, self.k)}"
+            )
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> SaeConfig:
+        """From a ``cfg.json``'s keys: unknown ones are ignored, missing ones take the defaults."""
+        known = {f.name for f in dataclasses.fields(cls)}
+        return cls(**{name: value for name, value in values.items() if name in known})
+
+
+TranscoderConfig = partial(SaeConfig, transcode=True)
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Configuration of a training run over one model pass; the names are sparsify's."""
+
+    sae: SaeConfig = field(default_factory=SaeConfig)
+    """The coders to train."""
+
+    batch_size: int = 32
+    """Sequences per batch."""
+
+    grad_acc_steps: int = 1
+    """Batches whose gradients are summed into one optimizer step."""
+
+    micro_acc_steps: int = 1
+    """Chunks that the activations of a batch are trained in, to save memory."""
+
+    optimizer: Literal["adam"] = "adam"
+    """The optimizer."""
+
+    lr: float | None = None
+    """Learning rate; by default 2e-4 / sqrt(latents / 2**14)."""
+
+    lr_warmup_steps: int = 1000
+    """Optimizer steps of linear warm-up, at most a tenth of the run; then linear decay to the last step."""
+
+    auxk_alpha: float = 0.0
+    """Weight of the AuxK loss, which revives dead latents."""
+
+    dead_feature_threshold: int = 10_000_000
+    """Tokens without firing after which a latent counts as dead."""
+
+    exclude_tokens: tuple[int, ...] = ()
+    """Token ids that are not trained on."""
+
+    hookpoints: tuple[str, ...] = ()
+    """Modules to train on: names or wildcards; by default every layer's residual stream."""
+
+    layers: tuple[int, ...] = ()
+    """Layers whose residual stream to train on, instead of hookpoints."""
+
+    layer_stride: int = 1
+    """Keep every n-th of the hookpoints."""
+
+    init_seeds: tuple[int, ...] = (0,)
+    """Seeds of initialisation; with several, one coder per hookpoint and seed."""
+
+    implementation: Literal["auto", "triton", "cpu", "reference"] = "auto"
+    """Which code computes the coders; auto chooses by device and says why."""
+
+    held_out: int = 64
+    """Sequences kept out of training to measure the coders at the end, at most a twentieth of all."""
+
+    save_every: int = 1000
+    """Optimizer steps between checkpoints."""
+
+    log_every: int = 10
+    """Optimizer steps between records in metrics.jsonl."""
+
+    log_to: tuple[Literal["wandb", "tensorboard"], ...] = ()
+    """Trackers to log to, beside metrics.jsonl: wandb, tensorboard."""
+
+    save_dir: str = "checkpoints"
+    """Folder that runs are saved in."""
+
+    run_name: str | None = None
+    """Name of the run and of its folder; by default the model's name and the time."""
+
+    def __post_init__(self) -> None:
+        for name in ("exclude_tokens", "hookpoints", "layers", "init_seeds", "log_to"):
+            if isinstance(getattr(self, name), list):
+                object.__setattr__(self, name, tuple(getattr(self, name)))
+        check_types(self)
+        for name in ("batch_size", "grad_acc_steps", "micro_acc_steps", "layer_stride", "save_every", "log_every"):
+            _require(getattr(self, name) >= 1, name, "at least 1", getattr(self, name))
+        for name in ("lr_warmup_steps", "auxk_alpha", "dead_feature_threshold", "held_out"):
+            _require(getattr(self, name) >= 0, name, "0 or more", getattr(self, name))
+        _require(self.lr is None or self.lr > 0, "lr", "a positive number", self.lr)
+        _require(len(set(self.init_seeds)) == len(self.init_seeds) > 0, "init_seeds", "distinct seeds", self.init_seeds)
+        if self.layers and self.hookpoints:
+            raise ConfigError("expected layers or hookpoints, got both; drop one of them")
+        if self.layers and self.layer_stride != 1:
+            raise ConfigError("expected layers or layer_stride, got both; drop one of them")
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """What a run trains on: model and data."""
+
+    split: str = "train"
+    """Split of the dataset."""
+
+    text_column: str = "text"
+    """Column that holds the text."""
+
+    ctx_len: int = 2048
+    """Tokens per sequence; lowered to what the model can take."""
+
+    max_examples: int | None = None
+    """Train on at most this many sequences."""
+
+    max_tokens: int | None = None
+    """Train on at most this many tokens."""
+
+    shuffle_seed: int = 42
+    """Seed of the order of the sequences."""
+
+    data_preprocessing_num_proc: int | None = None
+    """Processes that tokenise; by default half the CPU cores."""
+
+    device: str | None = None
+    """Device of model and coders; by default cuda where there is one, else mps, else cpu."""
+
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Precision of the model; auto is bfloat16 on a GPU that has it, float32 on a CPU."""
+
+    revision: str | None = None
+    """Revision of the model on the hub."""
+
+    hf_token: str | None = field(default=None, repr=False)
+    """Hub access token; never written anywhere."""
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        _require(self.ctx_len >= 1, "ctx_len", "at least 1", self.ctx_len)
+        for name in ("max_examples", "max_tokens", "data_preprocessing_num_proc"):
+            value = getattr(self, name)
+            _require(value is None or value >= 1, name, "at least 1", value)
+
+
+def field_docs(config: type) -> dict[str, str]:
+    """The sentence under each field of a config, by the field's name."""
+    (cls,) = ast.parse(textwrap.dedent(inspect.getsource(config))).body
+    assert isinstance(cls, ast.ClassDef)
+    docs = {}
+    for node, after in zip(cls.body, cls.body[1:], strict=False):
+        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and isinstance(after, ast.Expr):
+            docs[node.target.id] = str(ast.literal_eval(after.value))
+    return docs
+
+
+def check_types(config: Any) -> None:
+    """Raise :class:`ConfigError` for the first field whose value does not have its declared type."""
+    for name, expected in get_type_hints(type(config)).items():
+        value = getattr(config, name)
+        if not _has_type(value, expected):
+            raise ConfigError(f"{name}: expected {_describe(expected)}, got {value!r}")
+
+
+def _has_type(value: Any, expected: Any) -> bool:
+    origin, args = get_origin(expected), get_args(expected)
+    if origin is Literal:
+        return value in args
+    if origin in (Union, types.UnionType):
+        return any(_has_type(value, arg) for arg in args)
+    if origin is tuple:
+        return isinstance(value, tuple) and all(_has_type(item, args[0]) for item in value)
+    if expected is float:
+        return isinstance(value, (int, float)) and not isinstance(value, bool) and value == value
+    if expected is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, expected)
+
+
+def _describe(expected: Any) -> str:
+    origin, args = get_origin(expected), get_args(expected)
+    if origin is Literal:
+        return " or ".join(map(repr, args))
+    if origin in (Union, types.UnionType):
+        return " or ".join(_describe(arg) for arg in args)
+    if origin is tuple:
+        return f"a list of {_describe(args[0])}"
+    return {int: "an integer", float: "a number", bool: "true or false", str: "text", type(None): "nothing"}.get(
+        expected, getattr(expected, "__name__", str(expected))
+    )
+
+
+def _require(ok: bool, name: str, expected: str, got: Any) -> None:
+    if not ok:
+        raise ConfigError(f"{name}: expected {expected}, got {got!r}")
+
+
+def _nearest_divisor(n: int, k: int) -> int:
+    return min((d for d in range(1, n + 1) if n % d == 0), key=lambda d: abs(d - k))

@@ -1,0 +1,165 @@
+"""Reading a model's activations as they appear: hookpoint names, widths, capture with early stop.
+
+Shapes: B sequences, S tokens each, D width of a module's input or output. Names are relative to the base
+model (``h.0.mlp.act``, ``layers.3``), in natural order.
+"""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from fnmatch import fnmatchcase
+from typing import NamedTuple
+
+import torch
+from natsort import natsorted
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from .errors import HookpointError
+
+Callback = Callable[[str, Tensor | None, Tensor], None]
+"""Called as ``callback(name, input [B, S, D_in] or None, output [B, S, D])``, once per module call."""
+
+
+class Hookpoint(NamedTuple):
+    """One place in a model where a coder can sit."""
+
+    name: str
+    module: str
+    """The module's class."""
+    d_in: int | None
+    """Width of its input; None where no float tensor comes in."""
+    d_out: int
+    """Width of its output."""
+    calls: int
+    """How often one forward of the model calls it."""
+
+
+class _Stop(Exception):
+    """Ends the model's forward once every hookpoint has been served; never leaves this module."""
+
+
+def resolve_hookpoints(model: PreTrainedModel, patterns: Sequence[str]) -> list[str]:
+    """Module names that match the wildcards, in natural order; every pattern must match something."""
+    names = [name for name, _ in model.base_model.named_modules() if name]
+    found: set[str] = set()
+    for pattern in patterns:
+        matches = [name for name in names if fnmatchcase(name, pattern)]
+        if not matches:
+            close = difflib.get_close_matches(pattern, names, n=4, cutoff=0.4)
+            hint = f"close matches: {', '.join(close)}" if close else f"names look like {', '.join(names[:4])}"
+            raise HookpointError(
+                f"no module of {type(model).__name__} matches hookpoint {pattern!r}; {hint}. "
+                f"List all with: fastsae hookpoints {model.name_or_path or 'MODEL'}"
+            )
+        found.update(matches)
+    return natsorted(found)
+
+
+def layer_hookpoints(model: PreTrainedModel, layers: Sequence[int] = ()) -> list[str]:
+    """The names of the model's layers (their output is the residual stream); all, or those numbered."""
+    count = model.config.get_text_config().num_hidden_layers
+    lists = [
+        name
+        for name, module in model.base_model.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) == count
+    ]
+    if len(lists) != 1:
+        raise HookpointError(
+            f"expected one list of {count} layers in {type(model).__name__}, found {lists or 'none'}; "
+            'name the modules instead: --hookpoints "PATTERN"'
+        )
+    if wrong := [layer for layer in layers if not 0 <= layer < count]:
+        raise HookpointError(f"expected layers from 0 to {count - 1}, got {wrong[0]}")
+    return [f"{lists[0]}.{layer}" for layer in (layers or range(count))]
+
+
+def probe(model: PreTrainedModel, names: Sequence[str]) -> dict[str, Hookpoint]:
+    """Run the model once on two tokens and look at what each named module takes and gives.
+
+    Modules that are not called, or give no float tensor with a feature axis, are left out.
+    """
+    shapes: dict[str, tuple[int | None, int]] = {}
+    calls: Counter[str] = Counter()
+
+    def look(name: str, inputs: Tensor | None, output: Tensor) -> None:
+        shapes[name] = (None if inputs is None else inputs.shape[-1], output.shape[-1])
+        calls[name] += 1
+
+    run_hooked(model, torch.zeros(1, 2, dtype=torch.long, device=model.device), dict.fromkeys(names, 0), look)
+    return {
+        name: Hookpoint(name, type(model.base_model.get_submodule(name)).__name__, *shapes[name], calls[name])
+        for name in names
+        if name in shapes
+    }
+
+
+def run_hooked(
+    model: PreTrainedModel,
+    input_ids: Tensor,  # [B, S], int64
+    calls: dict[str, int],
+    callback: Callback,
+    attention_mask: Tensor | None = None,  # [B, S]
+) -> None:
+    """Run the base model on ``input_ids`` and hand every hookpoint's activations to ``callback`` as they appear.
+
+    ``calls`` says how often each hookpoint is called in a forward; when all have been, the forward stops
+    (0: unknown, do not stop). The base model has no LM head, keeps no KV cache, runs in eval mode without
+    gradients, and is left as it was found, also after an exception.
+    """
+    remaining = Counter(calls)
+
+    def make_hook(name: str):
+        def hook(_module, args, kwargs, output):
+            tensor = _first_tensor(output)
+            if tensor is not None:
+                callback(name, _first_tensor(args) if args else _first_tensor(kwargs), tensor)
+            remaining[name] -= 1
+            if remaining[name] == 0 and not any(count > 0 for count in remaining.values()):
+                raise _Stop
+
+        return hook
+
+    base = model.base_model
+    options: dict[str, Tensor | bool] = {} if attention_mask is None else {"attention_mask": attention_mask}
+    if "use_cache" in inspect.signature(base.forward).parameters:
+        options["use_cache"] = False
+    with _hooked({name: make_hook(name) for name in calls}, base), _eval_mode(base), torch.no_grad():
+        with suppress(_Stop):
+            base(input_ids=input_ids, **options)
+
+
+def _first_tensor(value) -> Tensor | None:
+    """The first float tensor with a feature axis in a module's input or output, which may be a tuple of things."""
+    if isinstance(value, Tensor):
+        return value if value.is_floating_point() and value.ndim >= 2 else None
+    if isinstance(value, dict):  # keyword arguments, or a ModelOutput
+        value = (value.get("hidden_states"), *value.values())
+    if isinstance(value, (tuple, list)):
+        return next((tensor for item in value if (tensor := _first_tensor(item)) is not None), None)
+    return None
+
+
+@contextmanager
+def _hooked(hooks: dict[str, Callable], base: nn.Module) -> Iterator[None]:
+    handles = [base.get_submodule(name).register_forward_hook(hook, with_kwargs=True) for name, hook in hooks.items()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def _eval_mode(model: nn.Module) -> Iterator[None]:
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True

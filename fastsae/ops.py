@@ -1,0 +1,82 @@
+"""The one place that picks an implementation, and can say why.
+
+``auto``: tensors on a CUDA or ROCm GPU with Triton present -> ``triton``; CPU tensors -> ``cpu``; anything
+else -> ``reference``; the reason is logged once. An explicit choice never falls back.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import os
+
+import fastsae_kernels
+import torch
+from fastsae_kernels import EncoderOutput
+from torch import Tensor
+
+from .errors import ConfigError
+
+logger = logging.getLogger("fastsae")
+_logged: set[str] = set()
+
+IMPLEMENTATIONS = ("auto", "triton", "cpu", "reference")
+
+
+def resolve(implementation: str, device: torch.device) -> str:
+    """The implementation that computes on ``device``: ``triton``, ``cpu`` or ``reference``.
+
+    Raises :class:`ConfigError` where an explicit choice cannot run there.
+    """
+    if implementation == "auto":
+        chosen, reason = _choose(device)
+        if not torch.compiler.is_compiling() and reason not in _logged:
+            _logged.add(reason)
+            logger.info("implementation: %s (%s)", chosen, reason)
+        return chosen
+    if implementation not in IMPLEMENTATIONS:
+        raise ConfigError(f"implementation: expected one of {', '.join(IMPLEMENTATIONS)}, got {implementation!r}")
+    if implementation == "cpu" and device.type != "cpu":
+        raise ConfigError(
+            f"implementation 'cpu' expects tensors on the CPU, got {device}; move them, or use 'auto' or 'triton'"
+        )
+    if implementation == "triton":
+        if not _has_triton():
+            raise ConfigError(
+                "implementation 'triton' expects the triton package, which is not installed; "
+                "pip install triton, or use 'auto'"
+            )
+        if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+            raise ConfigError(
+                f"implementation 'triton' expects tensors on a GPU, got {device}; "
+                "move them with .to('cuda'), or use 'auto' or 'cpu'"
+            )
+    return implementation
+
+
+def _choose(device: torch.device) -> tuple[str, str]:
+    if device.type == "cpu":
+        return "cpu", "tensors are on the CPU"
+    if device.type == "cuda" and _has_triton():
+        return "triton", "tensors are on a GPU and Triton is installed"
+    if device.type == "cuda":
+        return "reference", "tensors are on a GPU, but Triton is not installed: pip install triton"
+    return "reference", f"no kernels for device type {device.type!r}"
+
+
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def topk_encode(x: Tensor, weight: Tensor, bias: Tensor, k: int, *, implementation: str, **options) -> EncoderOutput:
+    """:func:`fastsae_kernels.topk_encode` by the implementation that fits ``x.device``."""
+    return fastsae_kernels.topk_encode(x, weight, bias, k, implementation=resolve(implementation, x.device), **options)
+
+
+def sparse_decode(
+    top_acts: Tensor, top_indices: Tensor, W_dec: Tensor, b_dec: Tensor | None = None, *, implementation: str
+) -> Tensor:
+    """:func:`fastsae_kernels.sparse_decode` by the implementation that fits ``W_dec.device``."""
+    return fastsae_kernels.sparse_decode(
+        top_acts, top_indices, W_dec, b_dec, implementation=resolve(implementation, W_dec.device)
+    )

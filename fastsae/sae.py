@@ -1,0 +1,239 @@
+"""FastSae: a TopK sparse autoencoder or transcoder, with sparsify's interface and file format.
+
+Shapes: ``...`` any leading dimensions, D width (``d_in``), L latents, K active latents.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from natsort import natsorted
+from torch import Tensor, nn
+
+from . import checkpoint, loss, ops
+from .config import SaeConfig
+from .errors import CheckpointError
+from .ops import EncoderOutput
+
+
+class ForwardOutput(NamedTuple):
+    """What a coder's forward returns."""
+
+    sae_out: Tensor
+    """Reconstruction, [..., D]."""
+
+    latent_acts: Tensor
+    """Activations of the selected latents, [..., K]."""
+
+    latent_indices: Tensor
+    """Indices of the selected latents, [..., K], int64."""
+
+    fvu: Tensor
+    """Fraction of variance unexplained, a scalar."""
+
+    auxk_loss: Tensor
+    """AuxK loss, a scalar; 0 without dead latents."""
+
+    multi_topk_fvu: Tensor
+    """FVU with 4k latents, a scalar; 0 unless ``cfg.multi_topk``."""
+
+
+class FastSae(nn.Module):
+    """``decode(TopK(ReLU((x - b_dec) W_encᵀ + b_enc)))`` (Gao et al. 2024, arXiv 2406.04093).
+
+    Parameters: ``encoder.weight [L, D]``, ``encoder.bias [L]``, ``W_dec [L, D]``, ``b_dec [D]``, and with a
+    skip connection ``W_skip [D, D]``. A transcoder (``cfg.transcode``) encodes ``x`` itself, without b_dec.
+    The encoder's product is computed in the precision of ``x``, summed in float32.
+    """
+
+    W_dec: nn.Parameter | None
+    W_skip: nn.Parameter | None
+
+    def __init__(
+        self,
+        d_in: int,
+        cfg: SaeConfig,
+        device: str | torch.device = "cpu",
+        dtype: torch.dtype | None = None,
+        *,
+        decoder: bool = True,
+        implementation: str = "auto",
+    ):
+        super().__init__()
+        self.cfg, self.d_in, self.num_latents = cfg, d_in, cfg.latents_for(d_in)
+        self.implementation = implementation
+        self.notes: dict[str, Any] = {}
+        """What fastsae stores about a coder's origin, under the key ``fastsae`` of cfg.json."""
+
+        self.encoder = nn.Linear(d_in, self.num_latents, device=device, dtype=dtype)
+        self.encoder.bias.data.zero_()
+        weight = self.encoder.weight.data
+        if not decoder:
+            self.W_dec = None
+        elif cfg.transcode:
+            self.W_dec = nn.Parameter(torch.zeros_like(weight))
+        else:
+            self.W_dec = nn.Parameter(weight.clone())
+            if cfg.normalize_decoder:
+                self.set_decoder_norm_to_unit_norm()
+        self.b_dec = nn.Parameter(weight.new_zeros(d_in))
+        self.W_skip = nn.Parameter(weight.new_zeros(d_in, d_in)) if cfg.skip_connection else None
+
+    @property
+    def device(self) -> torch.device:
+        return self.encoder.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.encoder.weight.dtype
+
+    def encode(self, x: Tensor, *, return_pre_acts: bool = False) -> EncoderOutput:
+        """(top_acts [..., K], top_indices [..., K], pre_acts [..., L] or None) of x [..., D].
+
+        Larger activations come first. ``pre_acts``, the dense matrix that fusion exists to avoid, is made
+        only on request.
+        """
+        out = self._encode(x.reshape(-1, self.d_in), self.cfg.k, return_pre_acts=return_pre_acts)
+        return EncoderOutput(*(None if t is None else t.unflatten(0, x.shape[:-1]) for t in out))  # type: ignore[arg-type]
+
+    def decode(self, top_acts: Tensor, top_indices: Tensor) -> Tensor:
+        """Reconstruction [..., D] of activations [..., K] of the latents [..., K]."""
+        flat = self._decode(top_acts.flatten(0, -2), top_indices.flatten(0, -2)) + self.b_dec
+        return flat.unflatten(0, top_acts.shape[:-1])
+
+    def forward(
+        self,
+        x: Tensor,
+        y: Tensor | None = None,
+        *,
+        dead_mask: Tensor | None = None,
+        total_variance: Tensor | None = None,
+    ) -> ForwardOutput:
+        """Reconstruct ``y`` (by default x itself) from ``x [..., D]``, with the losses.
+
+        ``dead_mask`` bool [L] turns AuxK on; ``total_variance`` is FVU's denominator where x is only a part
+        of a batch.
+        """
+        shape, x = x.shape[:-1], x.reshape(-1, self.d_in)
+        y = x if y is None else y.reshape(-1, self.d_in)
+        variance = loss.total_variance(y) if total_variance is None else total_variance
+        k = self.cfg.k
+
+        wide_k = 4 * k if self.cfg.multi_topk and self.cfg.activation == "topk" else k
+        wide_acts, wide_indices, _ = self._encode(x, wide_k)
+        acts, indices = wide_acts[:, :k], wide_indices[:, :k]  # larger first: the top k of the top 4k
+        offset = self.b_dec if self.W_skip is None else self.b_dec + x.to(self.dtype) @ self.W_skip.mT
+        sae_out = self._decode(acts, indices) + offset
+        residual = y - sae_out
+
+        auxk_loss = multi_topk_fvu = sae_out.new_zeros(())
+        if dead_mask is not None:
+            auxk_loss = self._auxk(x, residual, dead_mask, variance)
+        if self.cfg.multi_topk:
+            if self.cfg.activation != "topk":
+                wide_acts, wide_indices, _ = self._encode(x, 4 * k, activation="topk")
+            multi_topk_fvu = loss.fvu(y - self._decode(wide_acts, wide_indices) - offset, variance)
+
+        return ForwardOutput(
+            sae_out.unflatten(0, shape), acts.unflatten(0, shape), indices.unflatten(0, shape),
+            loss.fvu(residual, variance), auxk_loss, multi_topk_fvu,
+        )  # fmt: skip
+
+    def _encode(self, x: Tensor, k: int, **options) -> EncoderOutput:
+        options.setdefault("activation", self.cfg.activation)
+        b_dec = None if self.cfg.transcode else self.b_dec
+        return ops.topk_encode(
+            x, self.encoder.weight, self.encoder.bias, k, b_dec=b_dec, implementation=self.implementation, **options
+        )
+
+    def _decode(self, top_acts: Tensor, top_indices: Tensor) -> Tensor:
+        if self.W_dec is None:
+            raise CheckpointError("expected a decoder to decode with, but this coder was loaded with decoder=False")
+        return ops.sparse_decode(top_acts, top_indices, self.W_dec, implementation=self.implementation)
+
+    def _auxk(self, x: Tensor, residual: Tensor, dead_mask: Tensor, variance: Tensor) -> Tensor:
+        k_aux = max(1, self.d_in // 2)
+        width = min(k_aux, self.num_latents)
+        acts, indices, _ = self._encode(x, width, activation="topk", latent_mask=dead_mask)
+        return loss.auxk(residual, self._decode(acts, indices), dead_mask.sum(), k_aux, variance)
+
+    @torch.no_grad()
+    def set_decoder_norm_to_unit_norm(self) -> None:
+        """Scale every row of W_dec to unit norm, in place."""
+        assert self.W_dec is not None
+        eps = torch.finfo(self.W_dec.dtype).tiny
+        self.W_dec.div_(self.W_dec.norm(dim=1, keepdim=True).clamp_min(eps))
+
+    @torch.no_grad()
+    def remove_gradient_parallel_to_decoder_directions(self) -> None:
+        """Project each row of W_dec's gradient onto the tangent of the unit sphere, in place."""
+        assert self.W_dec is not None
+        grad = self.W_dec.grad
+        if grad is not None:
+            grad.addcmul_((grad * self.W_dec).sum(1, keepdim=True), self.W_dec, value=-1)
+
+    def save_to_disk(self, path: Path | str) -> None:
+        """Write ``cfg.json`` and ``sae.safetensors`` into the folder ``path``; sparsify reads them too."""
+        checkpoint.write_coder(path, self.cfg, self.d_in, dict(self.state_dict()), self.notes)
+
+    @staticmethod
+    def load_from_disk(
+        path: Path | str,
+        device: str | torch.device = "cpu",
+        *,
+        decoder: bool = True,
+        dtype: torch.dtype | None = None,
+    ) -> FastSae:
+        """The coder saved in the folder ``path``; its tensors keep the file's dtypes unless ``dtype`` is given."""
+        cfg, d_in, tensors, notes = checkpoint.read_coder(path)
+        if decoder and "W_dec" not in tensors:
+            raise CheckpointError(f"{path}: expected W_dec, got a file without a decoder; pass decoder=False")
+        with torch.device("meta"):
+            sae = FastSae(d_in, cfg, device="meta", decoder=decoder)
+        if not decoder:
+            tensors.pop("W_dec", None)
+        sae.load_state_dict({name: t.to(device=device, dtype=dtype) for name, t in tensors.items()}, assign=True)
+        sae.notes = notes
+        return sae.requires_grad_(True)
+
+    @staticmethod
+    def load_from_hub(
+        name: str,
+        hookpoint: str | None = None,
+        device: str | torch.device = "cpu",
+        *,
+        decoder: bool = True,
+    ) -> FastSae:
+        """One coder of a hub repository: at ``hookpoint``, or the only one at the repository's root."""
+        root = checkpoint.download(name, None if hookpoint is None else f"{hookpoint}/*")
+        folder = root
+        if hookpoint is not None:
+            if not (root / hookpoint / checkpoint.CONFIG_FILE).is_file():
+                root = checkpoint.download(name, f"*{checkpoint.CONFIG_FILE}")  # to list the ones that exist
+            folder = checkpoint.named_coder(root, hookpoint)
+        return FastSae.load_from_disk(folder, device, decoder=decoder)
+
+    @staticmethod
+    def load_many(
+        name: Path | str,
+        local: bool = False,
+        layers: list[str] | None = None,
+        device: str | torch.device = "cpu",
+        *,
+        decoder: bool = True,
+        pattern: str | None = None,
+    ) -> dict[str, FastSae]:
+        """Every coder of a run's folder (``local``) or hub repository by hookpoint, in natural order.
+
+        ``layers`` names the ones wanted, ``pattern`` is a wildcard on their names.
+        """
+        root = Path(name) if local else checkpoint.download(str(name), pattern and f"{pattern}/*")
+        folders = checkpoint.find_coders(root, pattern=pattern)
+        if layers is not None:
+            folders = {layer: checkpoint.named_coder(root, layer) for layer in natsorted(layers)}
+        if not folders:
+            which = f" matching {pattern!r}" if pattern else ""
+            raise CheckpointError(f"expected coders{which} in {root}, found none; names look like 'h.0.mlp.act'")
+        return {key: FastSae.load_from_disk(folder, device, decoder=decoder) for key, folder in folders.items()}
