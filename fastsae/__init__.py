@@ -1,0 +1,68 @@
+"""fastsae: train TopK sparse autoencoders and transcoders on Hugging Face models, fast.
+
+    from fastsae import FastSae, SaeConfig, TrainConfig, Trainer
+
+Importing is free: names are loaded on first use.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+from .version import __version__
+
+if TYPE_CHECKING:
+    from .config import RunConfig, SaeConfig, TrainConfig, TranscoderConfig
+    from .data import load_tokens, tokenize
+    from .errors import FastsaeError
+    from .hooks import resolve_hookpoints
+    from .model import load_model, load_tokenizer
+    from .progress import RunSummary
+    from .sae import FastSae, ForwardOutput
+    from .trainer import Trainer
+
+_HOME = {
+    "FastSae": "sae",
+    "FastsaeError": "errors",
+    "ForwardOutput": "sae",
+    "RunConfig": "config",
+    "RunSummary": "progress",
+    "SaeConfig": "config",
+    "TrainConfig": "config",
+    "Trainer": "trainer",
+    "TranscoderConfig": "config",
+    "load_model": "model",
+    "load_tokenizer": "model",
+    "load_tokens": "data",
+    "resolve_hookpoints": "hooks",
+    "tokenize": "data",
+}
+
+__all__ = [
+    "FastSae",
+    "FastsaeError",
+    "ForwardOutput",
+    "RunConfig",
+    "RunSummary",
+    "SaeConfig",
+    "TrainConfig",
+    "Trainer",
+    "TranscoderConfig",
+    "__version__",
+    "load_model",
+    "load_tokenizer",
+    "load_tokens",
+    "resolve_hookpoints",
+    "tokenize",
+]
+
+
+def __getattr__(name: str):
+    if name not in _HOME:
+        raise AttributeError(f"module 'fastsae' has no attribute {name!r}")
+    return getattr(importlib.import_module(f".{_HOME[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -218,6 +218,10 @@ class RunConfig:
             value = getattr(self, name)
             _require(value is None or value >= 1, name, "at least 1", value)
 
+    def to_dict(self) -> dict[str, Any]:
+        """Every field but the access token."""
+        return {name: value for name, value in dataclasses.asdict(self).items() if name != "hf_token"}
+
 
 def field_docs(config: type) -> dict[str, str]:
     """The sentence under each field of a config, by the field's name."""

@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Callable
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import datasets
+import torch
 from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
+from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from . import demo
@@ -44,7 +47,7 @@ def load_data(name: str, run: RunConfig) -> Dataset:
         builders = {_builder(file) for file in files}
         if len(builders) != 1:
             raise ArtifactError(
-                f"dataset: expected a save_to_disk folder, or one kind of file out of {', '.join(_BUILDERS)} in {name}, "
+                f"dataset: expected a save_to_disk folder, or one kind of file in {name} ({', '.join(_BUILDERS)}), "
                 f"found {', '.join(sorted(builders)) or 'none'}"
             )
         return _load_files(builders.pop(), files, run.split)
@@ -88,7 +91,7 @@ def tokenize(
 
 
 def load_tokens(
-    name: str, run: RunConfig, tokenizer: PreTrainedTokenizerBase | None, config: PreTrainedConfig
+    name: str, run: RunConfig, load_tokenizer: Callable[[], PreTrainedTokenizerBase], config: PreTrainedConfig
 ) -> Dataset:
     """Load, tokenise (unless ``input_ids`` are there), shuffle, cut to the limits: rows of ``input_ids``."""
     data = load_data(name, run)
@@ -97,8 +100,7 @@ def load_tokens(
         keep = {"input_ids", "attention_mask"}
         data = data.remove_columns([column for column in data.column_names if column not in keep])
     else:
-        if tokenizer is None:
-            raise ArtifactError("dataset: expected a tokenizer beside the model to tokenise text, found none")
+        tokenizer = load_tokenizer()
         ctx_len = context_length(run.ctx_len, tokenizer, config)
         data = tokenize(
             data, tokenizer, ctx_len=ctx_len, text_column=run.text_column, num_proc=run.data_preprocessing_num_proc
@@ -173,3 +175,19 @@ def _pick_split(data: Dataset | DatasetDict, name: str, split: str) -> Dataset:
 def _reason(error: Exception) -> str:
     cause = error.__cause__ or error
     return str(cause).strip().splitlines()[0] if str(cause).strip() else type(cause).__name__
+
+
+def collate(rows: list[dict[str, Any]]) -> dict[str, Tensor]:
+    """Rows of equally many tokens -> ``input_ids [B, S]``, and ``attention_mask [B, S]`` where rows have one."""
+    batch = {
+        key: [torch.as_tensor(row[key], dtype=torch.int64) for row in rows]
+        for key in ("input_ids", "attention_mask")
+        if key in rows[0]
+    }
+    lengths = sorted({len(ids) for ids in batch["input_ids"]})
+    if len(lengths) > 1:
+        raise ArtifactError(
+            f"dataset: expected input_ids of one length, got lengths from {lengths[0]} to {lengths[-1]}; pack them, "
+            "pad them with an attention_mask, or bring the text instead of input_ids"
+        )
+    return {key: torch.stack(tensors) for key, tensors in batch.items()}

@@ -128,9 +128,9 @@ def run_hooked(
     options: dict[str, Tensor | bool] = {} if attention_mask is None else {"attention_mask": attention_mask}
     if "use_cache" in inspect.signature(base.forward).parameters:
         options["use_cache"] = False
-    with _hooked({name: make_hook(name) for name in calls}, base), _eval_mode(base), torch.no_grad():
-        with suppress(_Stop):
-            base(input_ids=input_ids, **options)
+    hooks = {name: make_hook(name) for name in calls}
+    with suppress(_Stop), _hooked(hooks, base), _eval_mode(base), torch.no_grad():
+        base(input_ids=input_ids, **options)
 
 
 def _first_tensor(value) -> Tensor | None:

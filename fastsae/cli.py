@@ -1,0 +1,109 @@
+"""The ``fastsae`` command: parses and delegates."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import warnings
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.logging import RichHandler
+from rich.table import Table
+
+from .config import RunConfig, SaeConfig, TrainConfig
+from .errors import FastsaeError
+from .options import build, normalise, with_options
+from .version import __version__
+
+app = typer.Typer(
+    name="fastsae",
+    help="Train TopK sparse autoencoders and transcoders on Hugging Face models.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+CONFIGS = (SaeConfig, TrainConfig, RunConfig)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Entry point: a user's mistake is one line on stderr and exit code 2."""
+    arguments = normalise(sys.argv[1:] if arguments is None else arguments, CONFIGS)
+    try:
+        app(arguments)
+    except FastsaeError as error:
+        Console(stderr=True).print(f"[bold red]error:[/] {_escape(str(error))}", soft_wrap=True, highlight=False)
+        raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
+
+
+@app.callback(invoke_without_command=True)
+def _root(
+    version: Annotated[bool, typer.Option("--version", help="Print the version.", is_eager=True)] = False,
+) -> None:
+    if version:
+        print(f"fastsae {__version__}")
+        raise typer.Exit
+
+
+@app.command()
+@with_options(*CONFIGS)
+def train(
+    model: Annotated[str, typer.Argument(help="Hub id or folder of a model; demo ships with fastsae.")] = "demo",
+    dataset: Annotated[
+        str | None,
+        typer.Argument(help="Hub id, folder or file (parquet, jsonl, json, csv, arrow, txt).", show_default=False),
+    ] = None,
+    **options: Any,
+) -> None:
+    """Train sparse coders on a model's activations.
+
+    Without arguments: a small model that ships with fastsae, on the Python standard library's sources.
+
+    [bold]fastsae train gpt2 --hookpoints "h.*.mlp.act"[/]
+    """
+    from .run import train_run  # transformers and datasets load here, not for --help
+
+    _show_progress_notes()
+    train_run(model, dataset, options)
+
+
+@app.command()
+@with_options(RunConfig)
+def hookpoints(
+    model: Annotated[str, typer.Argument(help="Hub id or folder of a model; demo ships with fastsae.")] = "demo",
+    **options: Any,
+) -> None:
+    """List the modules of a model that a coder can sit on: names, types, widths."""
+    from .hooks import probe
+    from .model import load_model
+
+    _show_progress_notes(logging.WARNING)
+    base = load_model(model, build(RunConfig, options))
+    names = [name for name, _ in base.base_model.named_modules() if name]
+    table = Table("hookpoint", "module", box=None, pad_edge=False)
+    table.add_column("in", justify="right")
+    table.add_column("out", justify="right")
+    for at in probe(base, names).values():
+        table.add_row(at.name, at.module, "-" if at.d_in is None else str(at.d_in), str(at.d_out))
+    Console().print(table)
+
+
+def _show_progress_notes(level: int = logging.INFO) -> None:
+    """One-line notes on stderr; the libraries below keep their warnings to themselves."""
+    logging.basicConfig(
+        level=logging.WARNING, format="%(message)s",
+        handlers=[RichHandler(console=Console(stderr=True), show_time=False, show_path=False, show_level=False)],
+    )  # fmt: skip
+    logging.getLogger("fastsae").setLevel(level)
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()  # of loading weights; downloads keep theirs
+
+
+def _escape(text: str) -> str:
+    return text.replace("[", r"\[")

@@ -1,0 +1,59 @@
+"""Which coders a run trains, where they sit, and how they start.
+
+Shapes: N tokens, D width.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from .config import TrainConfig
+from .errors import ConfigError, HookpointError
+from .hooks import Hookpoint, layer_hookpoints, probe, resolve_hookpoints
+from .sae import FastSae
+
+
+def find_hookpoints(model: PreTrainedModel, cfg: TrainConfig) -> dict[str, Hookpoint]:
+    """The hookpoints that ``cfg`` asks for, by name, each checked to carry what a coder needs."""
+    names = resolve_hookpoints(model, cfg.hookpoints) if cfg.hookpoints else layer_hookpoints(model, cfg.layers)
+    names = names[:: cfg.layer_stride]
+    found = probe(model, names)
+    for name in names:
+        if name not in found:
+            raise HookpointError(
+                f"{name}: expected a module whose output is a float tensor [..., width], got none when the model ran; "
+                f"list what there is with: fastsae hookpoints {model.name_or_path or 'MODEL'}"
+            )
+        at = found[name]
+        if cfg.sae.transcode and at.d_in != at.d_out:
+            came = "no float tensor" if at.d_in is None else f"width {at.d_in}"
+            raise HookpointError(
+                f"{name}: a transcoder expects a module with equal input and output widths, got {came} in and "
+                f"width {at.d_out} out; choose another hookpoint, such as the whole MLP"
+            )
+    return found
+
+
+def make_coders(cfg: TrainConfig, hookpoints: dict[str, Hookpoint], model: PreTrainedModel) -> dict[str, FastSae]:
+    """One float32 coder per hookpoint and seed, on the model's device; named ``HOOK`` or ``HOOK/seedN``."""
+    coders = {}
+    for name, hookpoint in hookpoints.items():
+        for seed in cfg.init_seeds:
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(seed)
+                try:
+                    coder = FastSae(hookpoint.d_out, cfg.sae, dtype=torch.float32, implementation=cfg.implementation)
+                except ConfigError as error:
+                    raise ConfigError(f"{name} (width {hookpoint.d_out}): {error}") from None
+            coders[f"{name}/seed{seed}" if len(cfg.init_seeds) > 1 else name] = coder.to(model.device)
+    return coders
+
+
+@torch.no_grad()
+def init_biases(coder: FastSae, x: Tensor, y: Tensor) -> None:  # [N, D], [N, D]
+    """Centre a new coder on its first batch: b_dec is the targets' mean, and pre-activations have mean 0."""
+    coder.b_dec.copy_(y.float().mean(0))
+    if coder.cfg.transcode:  # encodes x itself: its mean is taken out by the bias
+        coder.encoder.bias.copy_(-(coder.encoder.weight @ x.to(coder.dtype).mean(0)))

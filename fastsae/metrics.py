@@ -1,0 +1,131 @@
+"""What a run measures about one coder: sums that stay on the device until they are read.
+
+Shapes: N tokens, D width, L latents, K active latents.
+"""
+
+from __future__ import annotations
+
+import time
+
+import torch
+from torch import Tensor
+
+from .errors import NonFiniteError
+from .sae import FastSae, ForwardOutput
+
+
+class TrainingMetrics:
+    """Means of the losses since the last reading, and how long every latent has been silent."""
+
+    def __init__(self, name: str, coder: FastSae):
+        self.name, self.coder = name, coder
+        self.tokens_since_fired = torch.zeros(coder.num_latents, dtype=torch.int64, device=coder.device)
+        self._fired = torch.zeros(coder.num_latents, dtype=torch.uint8, device=coder.device)
+        self._sums = torch.zeros(4, device=coder.device)  # fvu, auxk, multi_topk_fvu, batches
+        self.stopwatch = Stopwatch(coder.device)
+        self._bad_step = torch.full((2,), -1, dtype=torch.int64, device=coder.device)  # activations, losses
+
+    def add(self, out: ForwardOutput, share: float) -> None:
+        """Add the losses of a batch, or of a chunk that holds ``share`` of it; no synchronisation."""
+        losses = torch.stack([out.fvu, out.auxk_loss, out.multi_topk_fvu]).detach().float()
+        self._sums[:3] += losses
+        self._sums[3] += share
+        fired = (out.latent_acts.detach() > 0).to(torch.uint8).flatten()
+        self._fired.scatter_reduce_(0, out.latent_indices.flatten(), fired, "amax")
+
+    def watch(self, step: int, variance: Tensor) -> None:
+        """Remember the first step at which the activations' variance or the losses stopped being usable."""
+        usable = torch.stack([variance.isfinite() & (variance > 0), self._sums.isfinite().all()])
+        self._bad_step = torch.where((self._bad_step < 0) & ~usable, step, self._bad_step)
+
+    def end_step(self, tokens: int | Tensor) -> None:
+        """Count an optimizer step's tokens; latents that fired in it start from 0."""
+        self.tokens_since_fired += tokens
+        self.tokens_since_fired *= 1 - self._fired.long()
+        self._fired.zero_()
+
+    def dead(self, threshold: int) -> Tensor:  # bool [L]
+        return self.tokens_since_fired > threshold
+
+    def read(self, threshold: int) -> dict[str, float]:
+        """Means since the last reading, as Python numbers; raises :class:`NonFiniteError` by name and step."""
+        self.check()
+        self.stopwatch.read()
+        sums = self._sums.tolist()
+        self._sums.zero_()
+        batches = max(sums[3], 1e-9)
+        values = {"fvu": sums[0] / batches, "dead_pct": 100 * self.dead(threshold).float().mean().item()}
+        if sums[1]:
+            values["auxk"] = sums[1] / batches
+        if self.coder.cfg.multi_topk:
+            values["multi_topk_fvu"] = sums[2] / batches
+        return values
+
+    def check(self) -> None:
+        activations, losses = self._bad_step.tolist()
+        if activations >= 0:
+            raise NonFiniteError(
+                f"{self.name}, step {activations}: expected finite activations that vary, got NaN, inf or no variance; "
+                "nothing was saved since. Load the model with --dtype float32, or leave tokens out (--exclude-tokens)"
+            )
+        if losses >= 0:
+            raise NonFiniteError(
+                f"{self.name}, step {losses}: expected a finite loss, got NaN or inf; nothing was saved since. "
+                "Lower --lr"
+            )
+
+
+class Stopwatch:
+    """Seconds spent in a ``with`` block, summed; on a GPU by events, so that nothing waits until it is read."""
+
+    def __init__(self, device: torch.device):
+        self._cuda = device.type == "cuda"
+        self._seconds = 0.0
+        self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+
+    def __enter__(self) -> None:
+        if self._cuda:
+            self._events.append((torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)))
+            self._events[-1][0].record()
+        else:
+            self._start = time.perf_counter()
+
+    def __exit__(self, *_error: object) -> None:
+        if self._cuda:
+            self._events[-1][1].record()
+        else:
+            self._seconds += time.perf_counter() - self._start
+
+    def read(self) -> float:
+        for start, end in self._events:
+            end.synchronize()
+            self._seconds += start.elapsed_time(end) / 1e3
+        self._events.clear()
+        return self._seconds
+
+
+class HeldOutMetrics:
+    """FVU against the global mean, and L0, over any number of batches, in float64 sums."""
+
+    def __init__(self, d_out: int, device: torch.device):
+        where = device if device.type != "mps" else torch.device("cpu")
+        self._sum = torch.zeros(d_out, dtype=torch.float64, device=where)
+        self._square = torch.zeros((), dtype=torch.float64, device=where)
+        self._error = torch.zeros((), dtype=torch.float64, device=where)
+        self._active = torch.zeros((), dtype=torch.int64, device=where)
+        self.tokens = 0
+
+    def add(self, y: Tensor, out: ForwardOutput) -> None:  # [N, D]
+        exact = y.to(self._sum.device).double()
+        self._sum += exact.sum(0)
+        self._square += exact.square().sum()
+        self._error += (exact - out.sae_out.to(exact)).square().sum()
+        self._active += (out.latent_acts > 0).sum().to(self._active.device)
+        self.tokens += len(y)
+
+    def read(self) -> dict[str, float]:
+        """``fvu`` = Σ‖y - ŷ‖² / Σ‖y - mean(y)‖² and ``l0``, the mean number of active latents; NaN without tokens."""
+        if not self.tokens:
+            return {"fvu": float("nan"), "l0": float("nan")}
+        variance = self._square - self._sum.square().sum() / self.tokens
+        return {"fvu": (self._error / variance).item(), "l0": self._active.item() / self.tokens}

@@ -1,0 +1,37 @@
+"""The folder of a run: its name, and whether it can be written, found out before training starts."""
+
+from __future__ import annotations
+
+import os
+import re
+import time
+from pathlib import Path
+
+from .config import TrainConfig
+from .errors import ArtifactError
+
+
+def create_run_folder(cfg: TrainConfig, model_name: str) -> Path:
+    """Make ``save_dir/run_name`` and return it; raises :class:`ArtifactError` if it is taken or not writable."""
+    folder = Path(cfg.save_dir) / (cfg.run_name or default_name(model_name))
+    if folder.is_dir() and any(folder.iterdir()):
+        raise ArtifactError(
+            f"output: expected a new or empty folder, {folder} already holds files; choose another --run-name"
+        )
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / ".write-test"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise ArtifactError(
+            f"output: expected a folder that can be written, got {folder}: {os.strerror(error.errno or 0)}; "
+            "choose another --save-dir"
+        ) from None
+    return folder
+
+
+def default_name(model_name: str) -> str:
+    """``gpt2-20260131-235959``: the model's last name and the local time."""
+    last = re.sub(r"[^\w.-]+", "-", Path(model_name).name) or "run"
+    return f"{last}-{time.strftime('%Y%m%d-%H%M%S')}"

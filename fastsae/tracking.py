@@ -1,0 +1,48 @@
+"""Where the numbers of a run go: always ``metrics.jsonl``; W&B and TensorBoard when asked for."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from .errors import ConfigError
+
+
+class Tracker:
+    """Writes one record per log interval to every destination."""
+
+    def __init__(self, folder: Path, log_to: Sequence[str], config: dict[str, Any]):
+        self._file = open(folder / "metrics.jsonl", "a", buffering=1)  # noqa: SIM115
+        self._wandb = self._board = None
+        if "wandb" in log_to:
+            self._wandb = _import("wandb", "wandb").init(project="fastsae", name=folder.name, config=config)
+        if "tensorboard" in log_to:
+            board = _import("torch.utils.tensorboard", "tensorboard")
+            self._board = board.SummaryWriter(str(folder / "tensorboard"))
+
+    def log(self, step: int, values: dict[str, float]) -> None:
+        self._file.write(json.dumps({"step": step, **values}) + "\n")
+        if self._wandb is not None:
+            self._wandb.log(values, step=step)
+        if self._board is not None:
+            for name, value in values.items():
+                self._board.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        self._file.close()
+        if self._wandb is not None:
+            self._wandb.finish()
+        if self._board is not None:
+            self._board.close()
+
+
+def _import(module: str, package: str):
+    try:
+        return importlib.import_module(module)
+    except ImportError:
+        raise ConfigError(
+            f"log_to: expected the package {package!r} to log to {package}, it is not installed; pip install {package}"
+        ) from None

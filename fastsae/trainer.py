@@ -1,0 +1,224 @@
+"""Trainer: one pass of a model over a dataset trains a coder at every hookpoint.
+
+Shapes: B sequences, S tokens each, N tokens after masking, D width. "step" is an optimizer step, "batch" a
+batch of sequences. A coder's forward and backward run inside the model's forward, as its activations
+appear: only one hookpoint's activations are alive at a time.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Subset
+from transformers import PreTrainedModel
+
+from . import loss
+from .checkpoint import write_json
+from .coders import find_hookpoints, init_biases, make_coders
+from .config import TrainConfig
+from .data import collate
+from .errors import ArtifactError, HookpointError
+from .hooks import run_hooked
+from .metrics import HeldOutMetrics, TrainingMetrics
+from .optim import apply_gradients, learning_rates, linear_schedule, make_optimizer, warmup_steps
+from .progress import CoderSummary, RunSummary, TrainProgress
+from .run_folder import create_run_folder
+from .sae import FastSae
+from .tracking import Tracker
+from .version import __version__
+
+
+class Trainer:
+    """Train coders on the activations of ``model`` over ``dataset`` (rows of ``input_ids``, equally long).
+
+    ``model`` is any Hugging Face model; it is left as it was found. ``coders`` maps names (``h.0.mlp.act``,
+    with several seeds ``h.0.mlp.act/seed1``) to :class:`FastSae`. ``origin`` is stored in the run's
+    config.json.
+    """
+
+    def __init__(self, cfg: TrainConfig, dataset: Any, model: PreTrainedModel, *, origin: dict[str, Any] | None = None):
+        self.cfg, self.model, self.origin = cfg, model, origin or {}
+        held_out = min(cfg.held_out, len(dataset) // 20)
+        cut = len(dataset) - held_out
+        self.train_rows = Subset(dataset, range(cut))
+        self.held_out_rows = Subset(dataset, range(cut, len(dataset)))
+        batches = -(-cut // cfg.batch_size)
+        self.total_steps = -(-batches // cfg.grad_acc_steps)
+        if self.total_steps == 0:
+            raise ArtifactError("dataset: expected at least one sequence to train on, got none")
+
+        self.hookpoints = find_hookpoints(model, cfg)
+        self.coders = make_coders(cfg, self.hookpoints, model)
+        self.metrics = {name: TrainingMetrics(name, coder) for name, coder in self.coders.items()}
+        self.optimizer = make_optimizer(cfg, self.coders.values())
+        self.schedule = linear_schedule(self.optimizer, warmup_steps(cfg, self.total_steps), self.total_steps)
+        self._excluded = torch.tensor(cfg.exclude_tokens, device=model.device)
+        self.step = 0
+        self.tokens = 0
+        self._initialised: set[str] = set()
+
+    def fit(self, *, progress: bool = True) -> RunSummary:
+        """Train to the end of the dataset, save, measure on the held-out sequences."""
+        start = time.perf_counter()
+        self.folder = create_run_folder(self.cfg, self._model_name())
+        write_json(self.folder / "config.json", {**self.cfg.to_dict(), **self.origin})
+        tracker = Tracker(self.folder, self.cfg.log_to, {**self.cfg.to_dict(), **self.origin})
+        try:
+            with TrainProgress(self.total_steps, progress) as bar:
+                for batches in self._steps():
+                    self.train_step(batches)
+                    bar.advance()
+                    if self.step % self.cfg.log_every == 0 or self.step == self.total_steps:
+                        values = self.read_metrics()
+                        values["tokens_per_second"] = self.tokens / (time.perf_counter() - start)
+                        tracker.log(self.step, values)
+                        bar.show(values["tokens_per_second"], values["fvu"])
+                    if self.step % self.cfg.save_every == 0:
+                        self.save()
+            self.save()
+            return self.summarise(time.perf_counter() - start)
+        finally:
+            tracker.close()
+
+    def train_step(self, batches: list[dict[str, Tensor]]) -> None:
+        """One optimizer step on the summed gradients of ``batches`` (each with ``input_ids [B, S]``)."""
+        self._share = 1 / len(batches)
+        tokens = 0
+        for batch in batches:
+            self._mask = self._token_mask(batch)
+            tokens += batch["input_ids"].numel() if self._mask is None else int(self._mask.sum())
+            self._run_model(batch, self._train_hookpoint)
+        apply_gradients(self.optimizer, self.schedule, self.coders.values())
+        for metrics in self.metrics.values():
+            metrics.end_step(tokens)
+        self.step += 1
+        self.tokens += tokens
+
+    def read_metrics(self) -> dict[str, float]:
+        """Means since the last reading; raises :class:`NonFiniteError` where training broke down."""
+        values: dict[str, float] = {}
+        threshold = self.cfg.dead_feature_threshold
+        per_coder = {name: metrics.read(threshold) for name, metrics in self.metrics.items()}
+        values["fvu"] = sum(v["fvu"] for v in per_coder.values()) / len(per_coder)
+        values["lr"], values["tokens"] = max(learning_rates(self.optimizer)), self.tokens
+        for name, coder_values in per_coder.items():
+            values.update({f"{key}/{name}": value for key, value in coder_values.items()})
+        return values
+
+    def save(self) -> None:
+        """Write every coder into the run's folder, unless its training broke down."""
+        for metrics in self.metrics.values():
+            metrics.check()
+        for name, coder in self.coders.items():
+            coder.notes = {**self._notes(), "hookpoint": name.partition("/")[0]}
+            coder.save_to_disk(self.folder / name)
+
+    @torch.no_grad()
+    def held_out_metrics(self) -> dict[str, dict[str, float]]:
+        """FVU and L0 of every coder on the held-out sequences."""
+        measured = {name: HeldOutMetrics(coder.d_in, coder.device) for name, coder in self.coders.items()}
+
+        def measure(name: str, inputs: Tensor | None, output: Tensor) -> None:
+            x, y = self._tokens(name, inputs, output)
+            for coder_name, coder in self._coders_at(name):
+                measured[coder_name].add(y, coder(x, y))
+
+        for batch in self._loader(self.held_out_rows):
+            self._mask = self._token_mask(batch)
+            self._run_model(batch, measure)
+        return {name: metrics.read() for name, metrics in measured.items()}
+
+    def summarise(self, seconds: float) -> RunSummary:
+        """The end of a run, in numbers."""
+        held_out = self.held_out_metrics()
+        window = min(self.cfg.dead_feature_threshold, self.tokens // 2)
+        rows = (
+            CoderSummary(
+                name=name,
+                fvu=held_out[name]["fvu"],
+                l0=held_out[name]["l0"],
+                dead_pct=100 * metrics.dead(window).float().mean().item(),
+                tokens=self.tokens,
+                seconds=metrics.stopwatch.read(),
+            )
+            for name, metrics in self.metrics.items()
+        )
+        return RunSummary(folder=self.folder, coders=tuple(rows), seconds=seconds, dead_window=window)
+
+    # ---- inside the model's forward ----
+
+    def _train_hookpoint(self, name: str, inputs: Tensor | None, output: Tensor) -> None:
+        x, y = self._tokens(name, inputs, output)
+        if len(y) == 0:
+            return
+        variance, chunks = loss.total_variance(y), self.cfg.micro_acc_steps
+        auxk = self.cfg.auxk_alpha > 0 and self.tokens > self.cfg.dead_feature_threshold
+        for coder_name, coder in self._coders_at(name):
+            if coder_name not in self._initialised:
+                init_biases(coder, x, y)
+                self._initialised.add(coder_name)
+            metrics = self.metrics[coder_name]
+            dead = metrics.dead(self.cfg.dead_feature_threshold) if auxk else None
+            with metrics.stopwatch, torch.enable_grad():
+                for x_part, y_part in zip(x.chunk(chunks), y.chunk(chunks), strict=True):
+                    out = coder(x_part, y_part, dead_mask=dead, total_variance=variance)
+                    total = out.fvu + self.cfg.auxk_alpha * out.auxk_loss + out.multi_topk_fvu / 8
+                    (total * self._share).backward()
+                    metrics.add(out, len(y_part) / len(y))
+            metrics.watch(self.step + 1, variance)
+
+    def _tokens(self, name: str, inputs: Tensor | None, output: Tensor) -> tuple[Tensor, Tensor]:
+        """(x, y) as [N, D] after masking; for an autoencoder both are the module's output."""
+        if self._mask is not None and output.shape[:-1] != self._mask.shape:
+            raise HookpointError(
+                f"{name}: expected activations {list(self._mask.shape)} tokens by width to leave tokens out, "
+                f"got {list(output.shape)}; train this hookpoint without --exclude-tokens and attention masks"
+            )
+        y = output.flatten(0, -2) if self._mask is None else output[self._mask]
+        if not self.cfg.sae.transcode:
+            return y, y
+        assert inputs is not None
+        return (inputs.flatten(0, -2) if self._mask is None else inputs[self._mask]), y
+
+    def _coders_at(self, hookpoint: str) -> Iterator[tuple[str, FastSae]]:
+        return ((name, coder) for name, coder in self.coders.items() if name.partition("/")[0] == hookpoint)
+
+    def _run_model(self, batch: dict[str, Tensor], callback) -> None:
+        calls = {name: hookpoint.calls for name, hookpoint in self.hookpoints.items()}
+        mask = batch.get("attention_mask")
+        device = self.model.device
+        run_hooked(
+            self.model, batch["input_ids"].to(device), calls, callback, None if mask is None else mask.to(device)
+        )
+
+    # ---- data ----
+
+    def _steps(self) -> Iterator[list[dict[str, Tensor]]]:
+        batches = iter(self._loader(self.train_rows))
+        while group := list(islice(batches, self.cfg.grad_acc_steps)):
+            yield group
+
+    def _loader(self, rows: Dataset) -> DataLoader:
+        pin = self.model.device.type == "cuda"
+        return DataLoader(rows, batch_size=self.cfg.batch_size, collate_fn=collate, pin_memory=pin)
+
+    def _token_mask(self, batch: dict[str, Tensor]) -> Tensor | None:
+        """bool [B, S], True where a token is trained on; None where all are."""
+        mask = None
+        if "attention_mask" in batch:
+            mask = batch["attention_mask"].to(self.model.device).bool()
+        if len(self._excluded):
+            kept = torch.isin(batch["input_ids"].to(self.model.device), self._excluded, invert=True)
+            mask = kept if mask is None else mask & kept
+        return mask
+
+    def _model_name(self) -> str:
+        return str(self.origin.get("model") or self.model.name_or_path or type(self.model).__name__)
+
+    def _notes(self) -> dict[str, Any]:
+        return {"version": __version__, "model": self._model_name(), "step": self.step, "tokens": self.tokens}
