@@ -1,0 +1,75 @@
+"""Exact row TopK on a CPU by group maxima, without sorting rows.
+
+Shapes: N tokens, L latents, K active latents; n rows of a chunk, C candidates.
+
+Lemma. Split a row into groups and let T be any k groups with the largest maxima, t the smallest of these
+maxima. Every entry outside T is <= its own group's maximum <= t, and T already holds k entries >= t. So the
+members of T contain k largest entries of the row. One streaming pass finds the maxima; only k·GROUP
+members are looked at again. Groups are strided (j, j + L/GROUP, ...), which makes that pass elementwise.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+GROUP = 16
+
+
+def candidates(scores: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Entries that contain the ``count`` largest of each row: values [n, C], columns [n, C], group maxima.
+
+    Where the groups would cover most of the row anyway, every entry is a candidate and its own group.
+    """
+    n, num_latents = scores.shape
+    width = num_latents // GROUP
+    if 2 * count > width:
+        return scores, torch.arange(num_latents).expand(n, -1), scores
+    maxima = scores[:, : width * GROUP].unflatten(1, (GROUP, width)).amax(1)  # [n, L / GROUP]
+    groups = maxima.topk(count, dim=1, sorted=False).indices
+    members = groups[:, None, :] + torch.arange(0, width * GROUP, width)[:, None]  # [n, GROUP, count]
+    rest = torch.arange(width * GROUP, num_latents).expand(n, -1)
+    columns = torch.cat([members.flatten(1), rest], 1)
+    return scores.gather(1, columns), columns, maxima
+
+
+def largest(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k largest entries of ReLU(scores) [n, L]: values and columns [n, K], in the order of the contract."""
+    values, columns, maxima = candidates(scores, k)
+    top, position = values.topk(k, dim=1, sorted=False)
+    top_columns = columns.gather(1, position)
+    kth = top.amin(1, keepdim=True)  # NaN if any is, and then every comparison below says "tied"
+    # Boundary ties, inside the candidates or in groups left out, are decided by index: sort these rows in full.
+    # Where fewer than k are positive, all positive ones are here, and fill_zeros places the zeros.
+    tied = ((~(values < kth)).sum(1) > k) | ((~(maxima < kth)).sum(1) > k)
+    rows = (tied & ~(kth[:, 0] <= 0)).nonzero()[:, 0]
+    if len(rows):
+        exact = scores[rows].relu().sort(dim=1, descending=True, stable=True)
+        top[rows], top_columns[rows] = exact.values[:, :k], exact.indices[:, :k]
+    return ordered(top.relu(), top_columns, k, scores.shape[1])
+
+
+def ordered(values: Tensor, columns: Tensor, k: int, num_latents: int) -> tuple[Tensor, Tensor]:
+    """The k largest of [n, C >= K] distinct columns, larger first, equal ones by column; zeros filled in."""
+    columns, order = columns.sort(dim=1)
+    values, order = values.gather(1, order).sort(dim=1, descending=True, stable=True)
+    return fill_zeros(values[:, :k], columns.gather(1, order[:, :k]), num_latents)
+
+
+def fill_zeros(top_acts: Tensor, top_indices: Tensor, num_latents: int) -> tuple[Tensor, Tensor]:
+    """Give every trailing slot that is not positive the value 0 and the smallest column not yet in its row."""
+    k = top_acts.shape[1]
+    rows = (top_acts[:, -1] <= 0).nonzero()[:, 0]
+    if not len(rows):
+        return top_acts, top_indices
+    acts, indices = top_acts[rows], top_indices[rows]
+    empty = acts <= 0  # [r, K]; NaN is not empty
+    span = min(2 * k, num_latents)  # at most k columns are taken, so k free ones lie below 2k
+    taken = torch.zeros(len(rows), span + 1, dtype=torch.uint8)
+    taken.scatter_(1, indices.clamp(max=span).masked_fill(empty, span), 1)
+    free = taken[:, :span].sort(dim=1, stable=True).indices
+    slot = torch.arange(k) - (~empty).sum(1, keepdim=True)  # how many empty slots come before this one
+    filled = torch.where(empty, free.gather(1, slot.clamp(min=0)), indices)
+    top_acts, top_indices = top_acts.clone(), top_indices.clone()
+    top_acts[rows], top_indices[rows] = acts.masked_fill(empty, 0.0), filled
+    return top_acts, top_indices
