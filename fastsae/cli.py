@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.logging import RichHandler
 from rich.table import Table
 
+from .bench_shapes import BenchConfig
 from .config import RunConfig, SaeConfig, TrainConfig
 from .errors import FastsaeError
 from .options import build, normalise, with_options
@@ -30,7 +31,7 @@ CONFIGS = (SaeConfig, TrainConfig, RunConfig)
 
 def main(arguments: list[str] | None = None) -> None:
     """Entry point: a user's mistake is one line on stderr and exit code 2."""
-    arguments = normalise(sys.argv[1:] if arguments is None else arguments, CONFIGS)
+    arguments = normalise(sys.argv[1:] if arguments is None else arguments, (*CONFIGS, BenchConfig))
     try:
         app(arguments)
     except FastsaeError as error:
@@ -92,13 +93,25 @@ def hookpoints(
     Console().print(table)
 
 
+@app.command()
+@with_options(BenchConfig)
+def bench(**options: Any) -> None:
+    """Measure the kernels on this machine, beside plain torch and the device's own peaks.
+
+    Checks every result against float64 first; exits with 1, and prints no speed, where one differs.
+    """
+    from .bench import bench
+
+    raise typer.Exit(bench(build(BenchConfig, options)))
+
+
 def _show_progress_notes(level: int = logging.INFO) -> None:
     """One-line notes on stderr; the libraries below keep their warnings to themselves."""
-    logging.basicConfig(
-        level=logging.WARNING, format="%(message)s",
-        handlers=[RichHandler(console=Console(stderr=True), show_time=False, show_path=False, show_level=False)],
-    )  # fmt: skip
-    logging.getLogger("fastsae").setLevel(level)
+    notes = logging.getLogger("fastsae")
+    notes.setLevel(level)
+    if not notes.handlers:
+        console = Console(stderr=True)
+        notes.addHandler(RichHandler(console=console, show_time=False, show_path=False, show_level=False))
     warnings.filterwarnings("ignore", category=FutureWarning)
     from transformers.utils.logging import disable_progress_bar
 

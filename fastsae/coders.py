@@ -5,6 +5,8 @@ Shapes: N tokens, D width.
 
 from __future__ import annotations
 
+import logging
+
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -14,26 +16,35 @@ from .errors import ConfigError, HookpointError
 from .hooks import Hookpoint, layer_hookpoints, probe, resolve_hookpoints
 from .sae import FastSae
 
+logger = logging.getLogger("fastsae")
+
 
 def find_hookpoints(model: PreTrainedModel, cfg: TrainConfig) -> dict[str, Hookpoint]:
     """The hookpoints that ``cfg`` asks for, by name, each checked to carry what a coder needs."""
     names = resolve_hookpoints(model, cfg.hookpoints) if cfg.hookpoints else layer_hookpoints(model, cfg.layers)
     names = names[:: cfg.layer_stride]
     found = probe(model, names)
-    for name in names:
-        if name not in found:
-            raise HookpointError(
-                f"{name}: expected a module whose output is a float tensor [..., width], got none when the model ran; "
-                f"list what there is with: fastsae hookpoints {model.name_or_path or 'MODEL'}"
-            )
-        at = found[name]
-        if cfg.sae.transcode and at.d_in != at.d_out:
-            came = "no float tensor" if at.d_in is None else f"width {at.d_in}"
-            raise HookpointError(
-                f"{name}: a transcoder expects a module with equal input and output widths, got {came} in and "
-                f"width {at.d_out} out; choose another hookpoint, such as the whole MLP"
-            )
+    silent = [name for name in names if name not in found]
+    if exact := [name for name in silent if not found or name in cfg.hookpoints]:
+        raise HookpointError(
+            f"{exact[0]}: expected a module whose output is a float tensor [..., width], got none when the model ran; "
+            f"list what there is with: fastsae hookpoints {model.name_or_path or 'MODEL'}"
+        )
+    if silent:  # met by a wildcard
+        logger.info("left out %d modules that the model's forward gives no activations of: %s", len(silent), silent[0])
+    if cfg.sae.transcode:
+        for at in found.values():
+            _check_transcoder(at)
     return found
+
+
+def _check_transcoder(at: Hookpoint) -> None:
+    if at.d_in != at.d_out:
+        came = "no float tensor" if at.d_in is None else f"width {at.d_in}"
+        raise HookpointError(
+            f"{at.name}: a transcoder expects a module with equal input and output widths, got {came} in and "
+            f"width {at.d_out} out; choose another hookpoint, such as the whole MLP"
+        )
 
 
 def make_coders(cfg: TrainConfig, hookpoints: dict[str, Hookpoint], model: PreTrainedModel) -> dict[str, FastSae]:

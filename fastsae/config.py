@@ -1,21 +1,18 @@
 """Frozen configs, a sentence under each field, checked at birth. The command line is made from them.
 
-The sentences are read back by :func:`field_docs` for ``--help``, so there is one list of options.
+The sentences are read back by :func:`fastsae.fields.field_docs` for ``--help``, so there is one list of options.
 """
 
 from __future__ import annotations
 
-import ast
 import dataclasses
-import inspect
-import textwrap
-import types
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal
 
 from .errors import ConfigError
+from .fields import check_types, require
 
 
 @dataclass(frozen=True)
@@ -48,9 +45,9 @@ class SaeConfig:
 
     def __post_init__(self) -> None:
         check_types(self)
-        _require(self.k >= 1, "k", "at least 1", self.k)
-        _require(self.expansion_factor >= 1, "expansion_factor", "at least 1", self.expansion_factor)
-        _require(self.num_latents >= 0, "num_latents", "0 (derived) or more", self.num_latents)
+        require(self.k >= 1, "k", "at least 1", self.k)
+        require(self.expansion_factor >= 1, "expansion_factor", "at least 1", self.expansion_factor)
+        require(self.num_latents >= 0, "num_latents", "0 (derived) or more", self.num_latents)
         if self.num_latents:
             self.check_latents(self.num_latents)
 
@@ -160,11 +157,11 @@ class TrainConfig:
                 object.__setattr__(self, name, tuple(getattr(self, name)))
         check_types(self)
         for name in ("batch_size", "grad_acc_steps", "micro_acc_steps", "layer_stride", "save_every", "log_every"):
-            _require(getattr(self, name) >= 1, name, "at least 1", getattr(self, name))
+            require(getattr(self, name) >= 1, name, "at least 1", getattr(self, name))
         for name in ("lr_warmup_steps", "auxk_alpha", "dead_feature_threshold", "held_out"):
-            _require(getattr(self, name) >= 0, name, "0 or more", getattr(self, name))
-        _require(self.lr is None or self.lr > 0, "lr", "a positive number", self.lr)
-        _require(len(set(self.init_seeds)) == len(self.init_seeds) > 0, "init_seeds", "distinct seeds", self.init_seeds)
+            require(getattr(self, name) >= 0, name, "0 or more", getattr(self, name))
+        require(self.lr is None or self.lr > 0, "lr", "a positive number", self.lr)
+        require(len(set(self.init_seeds)) == len(self.init_seeds) > 0, "init_seeds", "distinct seeds", self.init_seeds)
         if self.layers and self.hookpoints:
             raise ConfigError("expected layers or hookpoints, got both; drop one of them")
         if self.layers and self.layer_stride != 1:
@@ -213,66 +210,14 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         check_types(self)
-        _require(self.ctx_len >= 1, "ctx_len", "at least 1", self.ctx_len)
+        require(self.ctx_len >= 1, "ctx_len", "at least 1", self.ctx_len)
         for name in ("max_examples", "max_tokens", "data_preprocessing_num_proc"):
             value = getattr(self, name)
-            _require(value is None or value >= 1, name, "at least 1", value)
+            require(value is None or value >= 1, name, "at least 1", value)
 
     def to_dict(self) -> dict[str, Any]:
         """Every field but the access token."""
         return {name: value for name, value in dataclasses.asdict(self).items() if name != "hf_token"}
-
-
-def field_docs(config: type) -> dict[str, str]:
-    """The sentence under each field of a config, by the field's name."""
-    (cls,) = ast.parse(textwrap.dedent(inspect.getsource(config))).body
-    assert isinstance(cls, ast.ClassDef)
-    docs = {}
-    for node, after in zip(cls.body, cls.body[1:], strict=False):
-        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and isinstance(after, ast.Expr):
-            docs[node.target.id] = str(ast.literal_eval(after.value))
-    return docs
-
-
-def check_types(config: Any) -> None:
-    """Raise :class:`ConfigError` for the first field whose value does not have its declared type."""
-    for name, expected in get_type_hints(type(config)).items():
-        value = getattr(config, name)
-        if not _has_type(value, expected):
-            raise ConfigError(f"{name}: expected {_describe(expected)}, got {value!r}")
-
-
-def _has_type(value: Any, expected: Any) -> bool:
-    origin, args = get_origin(expected), get_args(expected)
-    if origin is Literal:
-        return value in args
-    if origin in (Union, types.UnionType):
-        return any(_has_type(value, arg) for arg in args)
-    if origin is tuple:
-        return isinstance(value, tuple) and all(_has_type(item, args[0]) for item in value)
-    if expected is float:
-        return isinstance(value, (int, float)) and not isinstance(value, bool) and value == value
-    if expected is int:
-        return isinstance(value, int) and not isinstance(value, bool)
-    return isinstance(value, expected)
-
-
-def _describe(expected: Any) -> str:
-    origin, args = get_origin(expected), get_args(expected)
-    if origin is Literal:
-        return " or ".join(map(repr, args))
-    if origin in (Union, types.UnionType):
-        return " or ".join(_describe(arg) for arg in args)
-    if origin is tuple:
-        return f"a list of {_describe(args[0])}"
-    return {int: "an integer", float: "a number", bool: "true or false", str: "text", type(None): "nothing"}.get(
-        expected, getattr(expected, "__name__", str(expected))
-    )
-
-
-def _require(ok: bool, name: str, expected: str, got: Any) -> None:
-    if not ok:
-        raise ConfigError(f"{name}: expected {expected}, got {got!r}")
 
 
 def _nearest_divisor(n: int, k: int) -> int:

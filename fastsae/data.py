@@ -13,9 +13,9 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-import datasets
 import torch
 from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
+from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
@@ -148,14 +148,14 @@ def _load_files(builder: str, files: list[Path], split: str) -> Dataset:
     options: dict[str, Any] = {"sample_by": "document"} if builder == "text" else {}
     try:
         return load_dataset(builder, data_files=[str(file) for file in files], split="train", **options)  # type: ignore[return-value]
-    except (datasets.exceptions.DatasetGenerationError, datasets.exceptions.DatasetNotFoundError, ValueError) as error:
+    except (DatasetGenerationError, DatasetNotFoundError, ValueError) as error:
         raise ArtifactError(f"dataset: could not read {files[0]} as {builder}: {_reason(error)}") from None
 
 
 def _load_hub(name: str, run: RunConfig) -> Dataset:
     try:
         return load_dataset(name, split=run.split, token=run.hf_token)  # type: ignore[return-value]
-    except (datasets.exceptions.DatasetNotFoundError, ValueError, OSError) as error:
+    except (DatasetNotFoundError, ValueError, OSError) as error:
         raise ArtifactError(
             f"dataset: expected a hub id, a file or a folder, got {name!r}: {_reason(error)} "
             "Check the name, the network and --hf-token; 'stdlib' needs none of them"

@@ -14,17 +14,23 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_typ
 
 import typer
 
-from .config import field_docs
 from .errors import ConfigError
+from .fields import field_docs
 
 _NESTED = {"sae"}
+_SWITCH = {"on": True, "true": True, "off": False, "false": False}
 
 
 def with_options(*configs: type) -> Callable[[Callable], Callable]:
     """Give a typer command one keyword option for every field of the configs; unset ones are not passed on."""
 
     def decorate(command: Callable) -> Callable:
-        own = [p for p in inspect.signature(command).parameters.values() if p.kind is not p.VAR_KEYWORD]
+        hints = get_type_hints(command, include_extras=True)
+        own = [
+            p.replace(annotation=hints[p.name])
+            for p in inspect.signature(command).parameters.values()
+            if p.kind is not p.VAR_KEYWORD
+        ]
         parameters = [parameter for config in configs for parameter in _parameters(config)]
 
         def call(**values: Any) -> None:
@@ -49,7 +55,7 @@ def build(config: type, values: dict[str, Any], **nested: Any) -> Any:
 
 
 def normalise(arguments: list[str], configs: tuple[type, ...]) -> list[str]:
-    """Rewrite sparsify's habits into what typer reads: ``--a_b x y --flag true`` -> ``--a-b x --a-b y --flag``."""
+    """Rewrite users' habits into what typer reads: ``--a_b x y --flag`` -> ``--a-b x --a-b y --flag on``."""
     kinds = {f"--{name.replace('_', '-')}": hint for config in configs for name, hint in get_type_hints(config).items()}
     out: list[str] = []
     i = 0
@@ -61,9 +67,11 @@ def normalise(arguments: list[str], configs: tuple[type, ...]) -> list[str]:
         name, equals, value = argument.partition("=")
         name = name.replace("_", "-")
         hint = kinds.get(name)
-        if hint is bool and not equals and i < len(arguments) and arguments[i].lower() in ("true", "false"):
-            out.append(name if arguments[i].lower() == "true" else name.replace("--", "--no-", 1))
-            i += 1
+        if kinds.get(positive := name.replace("--no-", "--", 1)) is bool and not equals:
+            switch = positive == name
+            if switch and i < len(arguments) and arguments[i].lower() in _SWITCH:
+                switch, i = _SWITCH[arguments[i].lower()], i + 1
+            out += [positive, "on" if switch else "off"]
         elif get_origin(hint) is tuple and not equals:
             while i < len(arguments) and not arguments[i].startswith("--"):
                 out += [name, arguments[i]]
@@ -83,8 +91,9 @@ def _parameters(config: type) -> list[inspect.Parameter]:
             annotation=Annotated[
                 _option_type(hints[field.name]),
                 typer.Option(
-                    help=docs[field.name],
-                    show_default=_shown_default(field),
+                    f"--{field.name.replace('_', '-')}",
+                    help=docs[field.name] + _shown_default(field),
+                    show_default=False,
                     metavar=_metavar(hints[field.name]),
                     rich_help_panel=config.__doc__ and config.__doc__.split(";")[0].rstrip("."),
                 ),
@@ -100,7 +109,7 @@ def _option_type(hint: Any) -> Any:
     if get_origin(hint) is tuple:
         return list[str] | None
     plain = _without_none(hint)
-    return (plain if plain in (int, float, bool) else str) | None
+    return (plain if plain in (int, float) else str) | None
 
 
 def _without_none(hint: Any) -> Any:
@@ -115,20 +124,23 @@ def _metavar(hint: Any) -> str | None:
         return "|".join(map(str, get_args(plain)))
     if get_origin(plain) is tuple:
         return "LIST"
-    return {int: "INT", float: "NUMBER", str: "TEXT"}.get(plain)
+    return {int: "INT", float: "NUMBER", str: "TEXT", bool: "on|off"}.get(plain)
 
 
-def _shown_default(field: dataclasses.Field) -> str | bool:
-    return False if field.default in (None, (), "") else _text(field.default)
-
-
-def _text(default: Any) -> str:
-    if isinstance(default, bool):
-        return "on" if default else "off"
-    return ", ".join(map(str, default)) if isinstance(default, tuple) else str(default)
+def _shown_default(field: dataclasses.Field) -> str:
+    default = field.default
+    if default is None or default == ():
+        return ""
+    if isinstance(default, tuple):
+        default = ",".join(map(str, default))
+    return f" [dim](default: {'on' if default is True else 'off' if default is False else default})[/]"
 
 
 def _convert(name: str, value: Any, hint: Any) -> Any:
+    if hint is bool:
+        if value.lower() not in _SWITCH:
+            raise ConfigError(f"{name}: expected on or off, got {value!r}")
+        return _SWITCH[value.lower()]
     if get_origin(hint) is not tuple:
         return value
     item = get_args(hint)[0]

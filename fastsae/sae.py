@@ -96,12 +96,13 @@ class FastSae(nn.Module):
         only on request.
         """
         out = self._encode(x.reshape(-1, self.d_in), self.cfg.k, return_pre_acts=return_pre_acts)
-        return EncoderOutput(*(None if t is None else t.unflatten(0, x.shape[:-1]) for t in out))  # type: ignore[arg-type]
+        return EncoderOutput(*(None if t is None else t.reshape(*x.shape[:-1], -1) for t in out))  # type: ignore[arg-type]
 
     def decode(self, top_acts: Tensor, top_indices: Tensor) -> Tensor:
         """Reconstruction [..., D] of activations [..., K] of the latents [..., K]."""
-        flat = self._decode(top_acts.flatten(0, -2), top_indices.flatten(0, -2)) + self.b_dec
-        return flat.unflatten(0, top_acts.shape[:-1])
+        k = top_acts.shape[-1]
+        flat = self._decode(top_acts.reshape(-1, k), top_indices.reshape(-1, k)) + self.b_dec
+        return flat.reshape(*top_acts.shape[:-1], self.d_in)
 
     def forward(
         self,
@@ -137,7 +138,7 @@ class FastSae(nn.Module):
             multi_topk_fvu = loss.fvu(y - self._decode(wide_acts, wide_indices) - offset, variance)
 
         return ForwardOutput(
-            sae_out.unflatten(0, shape), acts.unflatten(0, shape), indices.unflatten(0, shape),
+            sae_out.reshape(*shape, -1), acts.reshape(*shape, -1), indices.reshape(*shape, -1),
             loss.fvu(residual, variance), auxk_loss, multi_topk_fvu,
         )  # fmt: skip
 

@@ -15,13 +15,13 @@ class Tracker:
     """Writes one record per log interval to every destination."""
 
     def __init__(self, folder: Path, log_to: Sequence[str], config: dict[str, Any]):
-        self._file = open(folder / "metrics.jsonl", "a", buffering=1)  # noqa: SIM115
         self._wandb = self._board = None
         if "wandb" in log_to:
             self._wandb = _import("wandb", "wandb").init(project="fastsae", name=folder.name, config=config)
         if "tensorboard" in log_to:
             board = _import("torch.utils.tensorboard", "tensorboard")
             self._board = board.SummaryWriter(str(folder / "tensorboard"))
+        self._file = open(folder / "metrics.jsonl", "a", buffering=1)  # noqa: SIM115
 
     def log(self, step: int, values: dict[str, float]) -> None:
         self._file.write(json.dumps({"step": step, **values}) + "\n")

@@ -95,10 +95,12 @@ def main() -> None:
     rows, held_out_rows = pack(tokenizer, seen), pack(tokenizer, held_out)
     print(f"{len(files)} files, {rows.numel():,} training and {held_out_rows.numel():,} held-out tokens", flush=True)
 
+    eos = tokenizer.convert_tokens_to_ids(EOS)
+    assert isinstance(eos, int)
     model = GPT2LMHeadModel(
         GPT2Config(
             vocab_size=VOCABULARY, n_positions=CONTEXT, n_embd=128, n_layer=6, n_head=4,
-            bos_token_id=tokenizer.eos_token_id, eos_token_id=tokenizer.eos_token_id,
+            bos_token_id=eos, eos_token_id=eos,
             embd_pdrop=0.0, attn_pdrop=0.0, resid_pdrop=0.0,
         )
     )  # fmt: skip

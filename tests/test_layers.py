@@ -1,0 +1,80 @@
+"""The house rule, checked: every module imports only from floors strictly below its own."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+FLOORS = {
+    "fastsae_kernels": [
+        "keys configs reference",
+        "select decode by_latent cpu_select cpu_sampled",
+        "topk_encode latent_grad cpu_screen",
+        "cpu launch",
+        "autograd",
+        "__init__",
+        "testing",
+    ],
+    "fastsae": [
+        "errors version demo",
+        "fields",
+        "config",
+        "ops loss checkpoint options run_folder tracking progress",
+        "sae hooks data model",
+        "coders optim metrics",
+        "trainer bench_cases",
+        "run bench",
+        "cli __init__",
+        "__main__",
+    ],
+}
+PACKAGES = {"fastsae_kernels": ROOT / "kernels/fastsae_kernels", "fastsae": ROOT / "fastsae"}
+KERNELS_MAY_IMPORT = {"__future__", "torch", "triton", "typing", "os", "functools", "math", "dataclasses", "collections",
+                      "contextlib", "types", "json", "pathlib", "tempfile"}  # fmt: skip
+MAY_IMPORT_KERNELS = {"ops", "optim", "bench", "bench_cases"}
+MAY_IMPORT_HUGGING_FACE = {"hooks", "data", "model", "trainer", "coders", "cli"}
+
+
+def imports(path: Path):
+    """(relative level, first part of the module, names) of every import that is not for type checkers only."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom):
+            yield node.level, (node.module or "").split(".")[0], [alias.name for alias in node.names]
+        elif isinstance(node, ast.Import):
+            yield from ((0, alias.name.split(".")[0], []) for alias in node.names)
+
+
+@pytest.mark.parametrize("package", FLOORS)
+def test_imports_point_down(package):
+    floor = {module: i for i, row in enumerate(FLOORS[package]) for module in row.split()}
+    for path in PACKAGES[package].glob("*.py"):
+        assert path.stem in floor, f"{path.name} has no floor; give it one"
+        for level, module, names in imports(path):
+            for target in ([module] if module else names) if level else []:
+                assert floor[target] < floor[path.stem], f"{package}: {path.stem} -> {target} points up"
+
+
+def test_kernels_stand_alone():
+    for path in PACKAGES["fastsae_kernels"].glob("*.py"):
+        for level, module, _ in imports(path):
+            assert level or module in KERNELS_MAY_IMPORT, f"{path.name} imports {module}"
+
+
+@pytest.mark.parametrize(
+    ("modules", "allowed"),
+    [({"fastsae_kernels"}, MAY_IMPORT_KERNELS), ({"transformers", "datasets"}, MAY_IMPORT_HUGGING_FACE)],
+)
+def test_only_some_rooms_know_the_kernels_or_hugging_face(modules, allowed):
+    for path in PACKAGES["fastsae"].glob("*.py"):
+        met = {module for level, module, _ in imports(path) if not level} & modules
+        assert not met or path.stem in allowed, f"{path.name} imports {met}"
+
+
+def test_kernels_folder_is_not_a_package():
+    """A kernels/__init__.py would shadow Hugging Face's `kernels` whenever the repo root is on sys.path."""
+    assert not any((ROOT / folder / "__init__.py").exists() for folder in ("kernels", "tests", "benchmarks"))
+
+
+def test_no_module_is_called_utils():
+    assert not [path for package in PACKAGES.values() for path in package.rglob("util*.py")]

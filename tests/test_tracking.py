@@ -1,0 +1,45 @@
+"""Where metrics go: a JSONL file always, trackers only when asked for, and never the access token."""
+
+import json
+import sys
+import types
+
+import pytest
+
+from fastsae.errors import ConfigError
+from fastsae.tracking import Tracker
+
+
+def test_jsonl_only_by_default(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)  # importing it would raise
+    tracker = Tracker(tmp_path, (), {})
+    tracker.log(1, {"fvu": 0.5})
+    tracker.log(2, {"fvu": 0.25})
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()  # readable while the run goes on
+    tracker.close()
+    assert [json.loads(line) for line in lines] == [{"step": 1, "fvu": 0.5}, {"step": 2, "fvu": 0.25}]
+    assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+def test_wandb_gets_config_and_values(tmp_path, monkeypatch):
+    calls = []
+    run = types.SimpleNamespace(
+        log=lambda values, step: calls.append((step, values)), finish=lambda: calls.append("finish")
+    )
+    module = types.SimpleNamespace(init=lambda **options: calls.append(options) or run)
+    monkeypatch.setitem(sys.modules, "wandb", module)
+    tracker = Tracker(
+        tmp_path / "my-run" if (tmp_path / "my-run").mkdir() else tmp_path / "my-run", ("wandb",), {"k": 3}
+    )
+    tracker.log(4, {"fvu": 0.5})
+    tracker.close()
+    assert calls == [{"project": "fastsae", "name": "my-run", "config": {"k": 3}}, (4, {"fvu": 0.5}), "finish"]
+
+
+def test_missing_trackers_say_what_to_install(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(ConfigError, match="expected the package 'wandb'.*pip install wandb"):
+        Tracker(tmp_path, ("wandb",), {})
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(ConfigError, match="pip install tensorboard"):
+        Tracker(tmp_path, ("tensorboard",), {})
