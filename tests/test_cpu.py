@@ -95,7 +95,9 @@ def test_encode_real_values_regret_nothing(screen):
 @pytest.mark.parametrize("screen", SCREENS)
 def test_all_negative_rows_take_the_first_latents(screen):
     x, weight, bias = integers(9, 8, 700)
+    before = cpu.screen_stats().fallbacks
     acts, indices = cpu.encode(x, weight, bias - 1000, 13, screen=screen)
+    assert cpu.screen_stats().fallbacks == before  # a bound below 0 proves as much as a k-th activation above it
     assert not acts.any()
     assert (indices == torch.arange(13)).all()
 
@@ -227,29 +229,38 @@ def test_bound_holds_for_adversarial_magnitudes(seed):
     if kind == 1:  # elements of wildly different size
         weight *= 10.0 ** torch.randint(-6, 7, (L, D), generator=gen)
         x *= 10.0 ** torch.randint(-6, 7, (N, D), generator=gen)
-    if kind == 2:  # squares and products underflow, or nearly overflow
-        weight *= 10.0 ** (20 * (seed % 3 - 1))
-        x *= 10.0 ** torch.randint(-38, 18, (N, 1), generator=gen)
+    if kind == 2:  # squares and products underflow, or overflow
+        weight *= 10.0 ** (30 * (seed // 20 * 2 - 1))
+        x *= 10.0 ** torch.randint(-38, 38, (N, 1), generator=gen)
     if kind == 3:  # halfway between two bfloat16 values, all rounded the same way
         weight = (weight.bfloat16().float() * (1 + 2.0**-8)).abs()
         x = (x.bfloat16().float() * (1 + 2.0**-8)).abs()
+    if kind == 4:  # exact operands; what cancels is lost in the float32 sum and in the stored product and bias
+        weight, x = weight.bfloat16().float(), x[:1].bfloat16().float().repeat(N, 1)
+        weight[:, -1] = -weight[:, 0] * 2**30
+        weight[:, 0], x[:, -1] = weight[:, 0] * 2**30, x[:, 0]
+        bias = -(x[0] * weight).sum(1) * (1 + 2.0**-8 * torch.rand(L, generator=gen)) if D == 1 else bias
     coder = cpu_screen.round_coder(weight, bias)
     low = x.bfloat16()
-    stored = torch.addmm(coder.bias, low, coder.weight.t()).float()
-    exact = x.double() @ weight.double().t() + bias.double()
-    bound = cpu_screen.excluded_bound(stored.flatten(), x.repeat_interleave(L, 0), low.repeat_interleave(L, 0), coder)
-    assert (exact.flatten() <= bound).all()  # as if each score in turn were the weakest candidate's
+    exact = (x.double() @ weight.double().t() + bias.double()).flatten()
+    product = low @ coder.weight.t()
+    for stored in (torch.addmm(coder.bias, low, coder.weight.t()), product + coder.bias):
+        # as if each score in turn were the weakest candidate's
+        each, each_low = x.repeat_interleave(L, 0), low.repeat_interleave(L, 0)
+        assert (exact <= cpu_screen.excluded_bound(stored.flatten(), each, each_low, coder)).all()
     acts, indices, certified = cpu_screen.screened_topk(x, weight, bias, k, N)
-    excluded = exact.scatter(1, indices, -torch.inf).amax(1).relu()
+    excluded = exact.view(N, L).scatter(1, indices, -torch.inf).amax(1).relu()
     assert (excluded <= acts[:, -1].double())[certified].all()
     full, _ = cpu.encode(x, weight, bias, k, screen=True)
     plain = reference.scores(x, weight, bias).relu().topk(k).values
     size = (x.double().norm(dim=1) * weight.double().norm(dim=1).max() + bias.abs().max())[:, None]
-    assert ((full.double() - plain.double()).abs() <= (D + 8) * 2.0**-23 * size).all()
+    close = (full.double() - plain.double()).abs() <= (D + 8) * 2.0**-23 * size + 1e-37  # which float32 may flush to 0
+    assert (close | (size > 1e37)).all()  # beyond, float32 overflows in an order of its own
 
 
 def test_the_bound_is_not_so_wide_that_nothing_is_certified():
     inputs = make_inputs(128, 256, 4096, seed=6)
+    inputs.bias[:100] = -torch.inf  # latents switched off cost no certificate
     *_, certified = cpu_screen.screened_topk(inputs.x, inputs.weight, inputs.bias, 16, 64)
     assert certified.float().mean() > 0.9
 

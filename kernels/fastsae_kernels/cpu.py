@@ -85,7 +85,7 @@ def _encode_subset(x, weight, bias, k, allowed, screen) -> tuple[Tensor, Tensor]
     if few:
         acts, chosen = encode(x, weight[allowed], bias[allowed], few, screen=screen)
         top_acts[:, :few], top_indices[:, :few] = acts, allowed[chosen]
-    return fill_zeros(top_acts, top_indices, len(weight))
+    return fill_zeros(top_acts, top_indices)
 
 
 def _chunk(dtype: torch.dtype, N: int, num_latents: int) -> int:

@@ -142,7 +142,7 @@ def screened_topk(
         columns = columns.gather(1, position)
         exact = (sampled_products(part, weight, columns) + bias[columns]).relu()
         rows = slice(start, start + len(part))
-        top_acts[rows], top_indices[rows] = ordered(exact, columns, k, weight.shape[0])
+        top_acts[rows], top_indices[rows] = ordered(exact, columns, k)
         bound = excluded_bound(weakest.amin(1), part, low, coder)
         certified[rows] = (top_acts[rows, -1] > bound) | (bound <= 0)
         _stats[0] += len(part)

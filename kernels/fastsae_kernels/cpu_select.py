@@ -46,17 +46,17 @@ def largest(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
     if len(rows):
         exact = scores[rows].relu().sort(dim=1, descending=True, stable=True)
         top[rows], top_columns[rows] = exact.values[:, :k], exact.indices[:, :k]
-    return ordered(top.relu(), top_columns, k, scores.shape[1])
+    return ordered(top.relu(), top_columns, k)
 
 
-def ordered(values: Tensor, columns: Tensor, k: int, num_latents: int) -> tuple[Tensor, Tensor]:
+def ordered(values: Tensor, columns: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """The k largest of [n, C >= K] distinct columns, larger first, equal ones by column; zeros filled in."""
     columns, order = columns.sort(dim=1)
     values, order = values.gather(1, order).sort(dim=1, descending=True, stable=True)
-    return fill_zeros(values[:, :k], columns.gather(1, order[:, :k]), num_latents)
+    return fill_zeros(values[:, :k], columns.gather(1, order[:, :k]))
 
 
-def fill_zeros(top_acts: Tensor, top_indices: Tensor, num_latents: int) -> tuple[Tensor, Tensor]:
+def fill_zeros(top_acts: Tensor, top_indices: Tensor) -> tuple[Tensor, Tensor]:
     """Give every trailing slot that is not positive the value 0 and the smallest column not yet in its row."""
     k = top_acts.shape[1]
     rows = (top_acts[:, -1] <= 0).nonzero()[:, 0]
@@ -64,10 +64,9 @@ def fill_zeros(top_acts: Tensor, top_indices: Tensor, num_latents: int) -> tuple
         return top_acts, top_indices
     acts, indices = top_acts[rows], top_indices[rows]
     empty = acts <= 0  # [r, K]; NaN is not empty
-    span = min(2 * k, num_latents)  # at most k columns are taken, so k free ones lie below 2k
-    taken = torch.zeros(len(rows), span + 1, dtype=torch.uint8)
-    taken.scatter_(1, indices.clamp(max=span).masked_fill(empty, span), 1)
-    free = taken[:, :span].sort(dim=1, stable=True).indices
+    taken = torch.zeros(len(rows), k + 1, dtype=torch.uint8)  # with p taken, the k - p first free columns lie below k
+    taken.scatter_(1, indices.clamp(max=k).masked_fill(empty, k), 1)
+    free = taken[:, :k].sort(dim=1, stable=True).indices
     slot = torch.arange(k) - (~empty).sum(1, keepdim=True)  # how many empty slots come before this one
     filled = torch.where(empty, free.gather(1, slot.clamp(min=0)), indices)
     top_acts, top_indices = top_acts.clone(), top_indices.clone()
