@@ -92,7 +92,7 @@ def _parameters(config: type) -> list[inspect.Parameter]:
                 _option_type(hints[field.name]),
                 typer.Option(
                     f"--{field.name.replace('_', '-')}",
-                    help=docs[field.name] + _shown_default(field),
+                    help=docs[field.name] + _details(field, hints[field.name]),
                     show_default=False,
                     metavar=_metavar(hints[field.name]),
                     rich_help_panel=config.__doc__ and config.__doc__.split(";")[0].rstrip("."),
@@ -121,19 +121,23 @@ def _without_none(hint: Any) -> Any:
 def _metavar(hint: Any) -> str | None:
     plain = _without_none(hint)
     if get_origin(plain) is Literal:
-        return "|".join(map(str, get_args(plain)))
+        return "CHOICE"
     if get_origin(plain) is tuple:
         return "LIST"
     return {int: "INT", float: "NUMBER", str: "TEXT", bool: "on|off"}.get(plain)
 
 
-def _shown_default(field: dataclasses.Field) -> str:
-    default = field.default
-    if default is None or default == ():
-        return ""
-    if isinstance(default, tuple):
-        default = ",".join(map(str, default))
-    return f" [dim](default: {'on' if default is True else 'off' if default is False else default})[/]"
+def _details(field: dataclasses.Field, hint: Any) -> str:
+    """The choices and the default, to stand behind the sentence."""
+    plain, default = _without_none(hint), field.default
+    details = [" | ".join(map(str, get_args(plain)))] if get_origin(plain) is Literal else []
+    if isinstance(default, bool):
+        details.append(f"default: {'on' if default else 'off'}")
+    elif isinstance(default, tuple) and default:
+        details.append(f"default: {','.join(map(str, default))}")
+    elif isinstance(default, (int, float, str)):
+        details.append(f"default: {default}")
+    return f" [dim]({'; '.join(details)})[/]" if details else ""
 
 
 def _convert(name: str, value: Any, hint: Any) -> Any:

@@ -147,7 +147,7 @@ def test_padding_is_neither_attended_nor_trained_on(tmp_path):
 
 def test_transcoders_learn_output_from_input(tmp_path):
     model, rows = make_model("gpt2"), token_rows(120, 16)
-    cfg = config(tmp_path, sae=TranscoderConfig(num_latents=64, k=8), hookpoints=("h.1.mlp",), lr=0.01, log_every=1)
+    cfg = config(tmp_path, sae=TranscoderConfig(num_latents=64, k=8), hookpoints=("h.1.mlp",), lr=0.002, log_every=1)
     trainer = Trainer(cfg, rows, model)
     seen = []
     handle = model.transformer.h[1].mlp.register_forward_hook(

@@ -1,0 +1,164 @@
+"""The command: help at 80 columns, the main job end to end, and one-line errors with exit code 2."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from datasets import Dataset
+from models import save_model
+
+from fastsae import FastSae, __version__
+from fastsae.cli import main
+
+
+def run(capsys, *arguments: str) -> tuple[int, str, str]:
+    """(exit code, stdout, stderr) of ``fastsae ARGUMENTS``."""
+    code = 0
+    try:
+        main(list(arguments))
+    except SystemExit as exit_:
+        code = exit_.code or 0
+    captured = capsys.readouterr()
+    return int(code), captured.out, captured.err
+
+
+def one_line(err: str) -> str:
+    return " ".join(err.split())
+
+
+@pytest.fixture(autouse=True)
+def _wide_terminal(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+
+
+def test_help_reads_well_at_80_columns():
+    environment = {**os.environ, "COLUMNS": "80"}
+    for arguments in (["--help"], ["train", "--help"], ["hookpoints", "--help"]):
+        done = subprocess.run(
+            [sys.executable, "-m", "fastsae", *arguments], capture_output=True, text=True, env=environment, check=True
+        )
+        assert max(map(len, done.stdout.splitlines())) <= 80
+        assert "…" not in done.stdout  # nothing is cut off
+    done = subprocess.run(
+        [sys.executable, "-m", "fastsae", "train", "--help"],
+        capture_output=True,
+        text=True,
+        env=environment,
+        check=True,
+    )
+    assert "--expansion-factor" in done.stdout
+    assert "--dead-feature-threshold" in done.stdout
+
+
+def test_version(capsys):
+    assert run(capsys, "--version") == (0, f"fastsae {__version__}\n", "")
+
+
+def test_hookpoints_lists_names_types_and_widths(capsys):
+    code, out, _ = run(capsys, "hookpoints", "demo")
+    rows = [line.split() for line in out.splitlines()]
+    assert code == 0
+    assert ["h.0.mlp.c_fc", "Conv1D", "128", "512"] in rows
+    assert ["wte", "Embedding", "-", "128"] in rows
+
+
+@pytest.mark.parametrize(
+    ("architecture", "options", "names"),
+    [
+        ("gpt2", ["--hookpoints", "h.*.mlp.act"], ["h.0.mlp.act", "h.1.mlp.act", "h.2.mlp.act"]),
+        ("llama", ["--hookpoints", "layers.*.self_attn", "layers.0.mlp"],
+         ["layers.0.mlp", "layers.0.self_attn", "layers.1.self_attn"]),
+        ("bert", ["--hookpoints", "encoder.layer.0.attention,encoder.layer.?"],
+         ["encoder.layer.0", "encoder.layer.0.attention", "encoder.layer.1"]),
+        ("gpt2", ["--layer_stride", "2"], ["h.0", "h.2"]),
+    ],
+)  # fmt: skip
+def test_trains_a_saved_model_on_text(tmp_path, capsys, architecture, options, names):
+    model = save_model(architecture, tmp_path / "model")
+    text = [f"def f{i}(x):\n    return x + {i}\n" * 20 for i in range(40)]
+    Dataset.from_dict({"prose": text}).to_parquet(tmp_path / "data.parquet")
+    code, out, err = run(
+        capsys, "train", str(model), str(tmp_path / "data.parquet"), *options, "--text_column", "prose",
+        "--ctx-len", "32", "--batch_size", "8", "--expansion_factor=2", "--k", "4", "--hf-token", "hf_secret",
+        "--save-dir", str(tmp_path / "out"), "--run_name", "my-run",
+    )  # fmt: skip
+    assert code == 0, err
+    folder = tmp_path / "out/my-run"
+    assert str(folder) in out.replace("\n", "")
+    assert all(name in out for name in names)
+    coders = FastSae.load_many(folder, local=True)
+    assert list(coders) == names
+    assert all(coder.cfg.k == 4 and coder.num_latents == 2 * coder.d_in for coder in coders.values())
+    config = json.loads((folder / "config.json").read_text())
+    assert (config["sae"]["k"], config["batch_size"], config["text_column"]) == (4, 8, "prose")
+    assert config["model"] == str(model)
+    for path in folder.rglob("*.json*"):
+        assert "hf_secret" not in path.read_text()
+
+
+def test_the_embedded_default(tmp_path, capsys):
+    code, out, err = run(capsys, "train", "--max-tokens", "8192", "--layers", "1", "--save-dir", str(tmp_path))
+    assert code == 0, err
+    (folder,) = tmp_path.iterdir()
+    coder = FastSae.load_from_disk(folder / "h.1")
+    assert (coder.d_in, coder.num_latents, coder.cfg.k) == (128, 4096, 32)
+    for word in ("held-out FVU", "L0", "dead %", "tokens", "seconds", "saved in", "next:", "h.1"):
+        assert word in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train", "./nowhere"], "error: model: expected a folder or hub id, got './nowhere'"),
+        (["train", "org/none"], "error: model: expected a Hugging Face hub id or a folder"),
+        (["train", "demo", "./nowhere"], "error: dataset: expected a file, a folder or a hub id, got './nowhere'"),
+        (["train", "--hookpoints", "h.*.mpl.act"], "close matches: h.5.mlp.act"),
+        (["train", "--layers", "9"], "error: expected layers from 0 to 5, got 9"),
+        (["train", "--layers", "x"], "error: layers: expected integers, got x"),
+        (["train", "--k", "5000"], "error: h.0 (width 128): expected k <= number of latents, got k = 5000 and 4096"),
+        (["train", "--activation", "groupmax", "--k", "33"], "divisible by k, got 4096 latents and k = 33; try --k 32"),
+        (["train", "--activation", "relu"], "error: activation: expected 'topk' or 'groupmax', got 'relu'"),
+        (["train", "--save-dir", "/proc/nowhere"], "error: output: expected a folder that can be written"),
+        (["train", "--text-column", "prose"], "expected a text column 'prose'"),
+        (["train", "--transcode", "--hookpoints", "h.0.mlp.c_fc"], "got width 128 in and width 512 out"),
+        (["train", "--k", "many"], "Invalid value for '--k'"),
+        (["train", "--bogus", "1"], "No such option: --bogus"),
+        (["hookpoints", "./nowhere"], "error: model: expected a folder or hub id"),
+    ],
+)
+def test_mistakes_are_one_line_and_exit_code_2(tmp_path, monkeypatch, capsys, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    code, _, err = run(capsys, *arguments)
+    assert code == 2
+    assert message in one_line(err)
+    assert "Traceback" not in err
+    assert not list(tmp_path.rglob("*.safetensors"))
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_cuda_without_a_gpu(capsys):
+    code, _, err = run(capsys, "train", "--device", "cuda")
+    assert (code, "expected a GPU for 'cuda'" in one_line(err)) == (2, True)
+
+
+def test_non_finite_activations(tmp_path, capsys):
+    from transformers import AutoModelForCausalLM
+
+    from fastsae import demo
+
+    save_model("gpt2", tmp_path / "model")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    with torch.no_grad():
+        model.transformer.h[1].mlp.c_fc.weight.fill_(float("inf"))
+    model.save_pretrained(tmp_path / "model")
+    code, _, err = run(
+        capsys, "train", str(tmp_path / "model"), demo.DATASET, "--ctx-len", "32", "--max-examples", "32",
+        "--expansion-factor", "2", "--k", "4", "--batch-size", "4", "--save-dir", str(tmp_path / "out"),
+    )  # fmt: skip
+    assert code == 2
+    assert "error: h.1, step 1: expected finite activations" in one_line(err)
+    assert not list((tmp_path / "out").rglob("*.safetensors"))
