@@ -21,7 +21,7 @@ DATASET = "stdlib"
 MODEL_DIR = Path(__file__).parent / "model"
 """A Hugging Face model folder: ``AutoModel.from_pretrained(MODEL_DIR)`` works."""
 
-TRAINING = {"batch_size": 8, "ctx_len": 256, "max_tokens": 600_000}
+TRAINING = {"batch_size": 8, "ctx_len": 256, "max_tokens": 500_000}
 """What ``fastsae train`` sets for this model unless told otherwise: a run of about two minutes on two cores."""
 
 _SKIPPED = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__", "lib2to3"}
