@@ -1,0 +1,234 @@
+"""Default tile sizes by kernel, shape, dtype and GPU, and the choice between the two encoders.
+
+Shapes: N tokens, D width, L latents, K active latents. A default never depends on N, so that a new number of tokens
+compiles nothing. ``FASTSAE_AUTOTUNE=1`` lets :mod:`.tuning` time a few candidates instead, once per shape and GPU.
+
+GPU families are the targets that the test suite compiles for: ``sm_80`` (A100), ``sm_89`` (Ada, also Ampere and
+Blackwell cards with 100 KB of shared memory), ``sm_90`` (Hopper), ``sm_100`` (datacenter Blackwell), ``gfx942``
+(MI300), and ``interpreter``, whose tiles are tiny because it runs them one element loop at a time.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from dataclasses import dataclass
+
+import torch
+import triton
+
+CHUNK_BYTES = 256 * 2**20
+"""Scratch memory of one encode call, at most (or one block of rows): it does not grow with N."""
+
+MAX_FUSED_K = 512
+"""Beyond this many active latents the fused encoder's select would need too wide a window."""
+
+MAX_GROUPS = 32768
+"""The fused encoder's select holds one key per group in registers; more latents need the chunked encoder."""
+
+
+@dataclass(frozen=True)
+class EncodeConfig:
+    """Tiles of the fused encoder."""
+
+    BLOCK_N: int
+    """Tokens of a tile."""
+
+    BLOCK_L: int
+    """Latents of a tile, a multiple of STRIDE * GROUP."""
+
+    BLOCK_D: int
+    """Step of the loop over the width."""
+
+    GROUP: int
+    """Members of a strided group."""
+
+    STRIDE: int
+    """Distance between a group's members: the one at which a thread of the matrix unit owns all of them."""
+
+    num_warps: int
+    num_stages: int
+
+    descriptors: bool = False
+    """Load tiles through tensor descriptors (TMA) where the addresses allow it."""
+
+    SWIZZLE_N: int = 8
+    """Blocks of tokens that share a sweep over the latents, so that a weight tile is reused from L2."""
+
+
+@dataclass(frozen=True)
+class SelectConfig:
+    """One row of stored scores: LANES groups."""
+
+    LANES: int
+    num_warps: int
+
+
+@dataclass(frozen=True)
+class ResolveConfig:
+    """One row of group maxima: WINDOW candidates at a time, re-scored BLOCK_D of the width at a time."""
+
+    WINDOW: int
+    BLOCK_D: int
+    num_warps: int
+
+
+def interpreting() -> bool:
+    """Whether ``TRITON_INTERPRET=1`` runs kernels on the CPU."""
+    return bool(triton.knobs.runtime.interpret)
+
+
+def gpu_family(device: torch.device) -> str:
+    """Which family's defaults serve ``device``."""
+    if interpreting() or device.type != "cuda":
+        return "interpreter"
+    return _family_of_gpu(device.index if device.index is not None else torch.cuda.current_device())
+
+
+@functools.cache
+def _family_of_gpu(index: int) -> str:
+    if torch.version.hip:
+        return "gfx942"
+    capability = torch.cuda.get_device_capability(index)
+    if capability[0] == 10:
+        return "sm_100"
+    if capability[0] == 9:
+        return "sm_90"
+    return "sm_80" if capability == (8, 0) else "sm_89"
+
+
+def dot_precision(dtype: torch.dtype) -> str:
+    """``tl.dot``'s precision: float32 products are never rounded to tf32; narrower ones have no choice."""
+    return "ieee" if dtype == torch.float32 else "tf32"
+
+
+def window(k: int, extra: int) -> int:
+    """Candidates that a select sorts at a time: k, and ``extra`` for the members of a hidden group or two."""
+    return max(16, triton.next_power_of_2(k + extra))
+
+
+# ---- encoding ------------------------------------------------------------------------------------------------
+
+_ENCODE_16_BIT = {
+    "sm_80": EncodeConfig(128, 256, 32, 16, 16, num_warps=8, num_stages=3),
+    "sm_89": EncodeConfig(128, 128, 32, 16, 8, num_warps=4, num_stages=3),
+    "sm_90": EncodeConfig(128, 256, 64, 16, 8, num_warps=8, num_stages=3),
+    "sm_100": EncodeConfig(128, 256, 64, 16, 8, num_warps=8, num_stages=3),
+    "gfx942": EncodeConfig(128, 128, 64, 16, 8, num_warps=8, num_stages=2),
+    "interpreter": EncodeConfig(16, 16, 16, 4, 4, num_warps=1, num_stages=1),
+}
+_ENCODE_32_BIT = {
+    "sm_80": EncodeConfig(64, 128, 16, 16, 8, num_warps=8, num_stages=3),
+    "sm_89": EncodeConfig(64, 128, 16, 16, 8, num_warps=8, num_stages=3),
+    "sm_90": EncodeConfig(64, 128, 16, 16, 8, num_warps=8, num_stages=3),
+    "sm_100": EncodeConfig(64, 128, 16, 16, 8, num_warps=8, num_stages=3),
+    "gfx942": EncodeConfig(64, 128, 32, 16, 8, num_warps=8, num_stages=2),
+    "interpreter": EncodeConfig(16, 16, 16, 4, 4, num_warps=1, num_stages=1),
+}
+
+
+def default_encode(D: int, L: int, dtype: torch.dtype, family: str) -> EncodeConfig:
+    """Shipped tiles of the fused encoder."""
+    return (_ENCODE_32_BIT if dtype == torch.float32 else _ENCODE_16_BIT)[family]
+
+
+def encode_config(D: int, L: int, k: int, dtype: torch.dtype, device: torch.device) -> EncodeConfig:
+    """Tiles of the fused encoder on ``device``."""
+    return default_encode(D, L, dtype, gpu_family(device))
+
+
+def resolve_config(num_groups: int, k: int, group: int, family: str) -> ResolveConfig:
+    """How the fused encoder's select walks a row of ``num_groups`` maxima."""
+    width = window(k, group)
+    block_d = min(128, max(16, 8192 // width))
+    if family == "interpreter":
+        return ResolveConfig(width, 16, num_warps=1)
+    return ResolveConfig(width, block_d, num_warps=4 if num_groups <= 2048 and width <= 128 else 8)
+
+
+def select_config(L: int, k: int, dtype: torch.dtype, device: torch.device) -> SelectConfig:
+    """How stored scores are dealt into groups: about 16 members each, and at least four groups per selected one."""
+    return default_select(L, k, gpu_family(device))
+
+
+def default_select(L: int, k: int, family: str) -> SelectConfig:
+    """Shipped lanes of the select from stored scores."""
+    if family == "interpreter":
+        return SelectConfig(max(16, triton.next_power_of_2(triton.cdiv(L, 4))), num_warps=1)
+    lanes = triton.next_power_of_2(max(triton.cdiv(L, 16), 4 * k, 512))
+    lanes = min(lanes, 4096, max(512, triton.next_power_of_2(L)))
+    return SelectConfig(lanes, num_warps=4 if lanes <= 2048 else 8)
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What the choice between the encoders assumes of a GPU; model figures, not measurements."""
+
+    tflops: float
+    """Dense 16-bit matrix peak."""
+
+    gigabytes: float
+    """Memory bandwidth per second."""
+
+    fused_efficiency: float
+    """Share of the peak that the fused kernel's matrix loop reaches."""
+
+    vendor_efficiency: float
+    """Share of the peak that the vendor's matrix product reaches."""
+
+
+_MACHINES = {
+    "sm_80": Machine(312, 1900, 0.72, 0.82),
+    "sm_89": Machine(165, 1000, 0.80, 0.85),
+    "sm_90": Machine(790, 4500, 0.80, 0.92),
+    "sm_100": Machine(1800, 7500, 0.70, 0.88),
+    "gfx942": Machine(1000, 4800, 0.45, 0.60),
+}
+
+
+def choose_encoder(
+    D: int, L: int, k: int, dtype: torch.dtype, device: torch.device, path: str = "auto", activation: str = "topk"
+) -> str:
+    """``"fused"`` or ``"chunked"``: ``path`` if it names one, else ``FASTSAE_ENCODER``, else the cheaper by model.
+
+    Per score, the chunked encoder writes and reads four bytes; the fused one writes and reads eight per group, and
+    re-scores the candidates of the rows that hold a hidden group. Raises ``ValueError`` for any other name and
+    where the fused kernel is asked for beyond what its select can hold.
+    """
+    path = os.environ.get("FASTSAE_ENCODER", "auto") if path == "auto" else path
+    if path not in ("auto", "fused", "chunked"):
+        raise ValueError(f"encoder path: expected 'auto', 'fused' or 'chunked', got {path!r}")
+    config = encode_config(D, L, k, dtype, device)
+    num_groups = triton.cdiv(L, config.BLOCK_L) * (config.BLOCK_L // config.GROUP)
+    fits = (k <= MAX_FUSED_K and num_groups <= MAX_GROUPS) or activation == "groupmax"
+    if path == "fused" and not fits:
+        raise ValueError(
+            f"fused encoder: expected k <= {MAX_FUSED_K} and at most {MAX_GROUPS * config.GROUP} latents, "
+            f"got k = {k}, {L} latents; use path='chunked'"
+        )
+    if path != "auto":
+        return path
+    family = gpu_family(device)
+    if not fits or (dtype == torch.float32 and family not in ("gfx942", "interpreter")):
+        return "chunked"  # float32 products have no matrix units on NVIDIA, where the vendor's kernel is better
+    if activation == "groupmax" and L // k < config.BLOCK_L:
+        return "chunked"  # most of a tile would lie outside its group
+    if activation == "topk" and num_groups < 4 * k:
+        return "chunked"  # crowded groups mean re-scoring most of the row
+    if family == "interpreter":
+        return "fused"
+    return "fused" if _fused_seconds(D, L, k, config.GROUP, family) <= _chunked_seconds(D, L, family) else "chunked"
+
+
+def _fused_seconds(D: int, L: int, k: int, group: int, family: str) -> float:
+    """Modelled time per token."""
+    machine = _MACHINES[family]
+    hidden_rows = min(1.0, k * k * group / (2 * L))  # expected pairs of winners in one group
+    moved = 2 * 8 * L / group + hidden_rows * (k + group) * D * 2
+    return 2 * D * L / (machine.tflops * 1e12 * machine.fused_efficiency) + moved / (machine.gigabytes * 1e9)
+
+
+def _chunked_seconds(D: int, L: int, family: str) -> float:
+    """Modelled time per token."""
+    machine = _MACHINES[family]
+    return 2 * D * L / (machine.tflops * 1e12 * machine.vendor_efficiency) + 2 * 4 * L / (machine.gigabytes * 1e9)

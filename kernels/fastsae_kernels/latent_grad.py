@@ -1,0 +1,241 @@
+"""The backward pass, latent by latent: d_acts, dW_dec, dW_enc and db_enc in one pass over the index.
+
+Shapes: N tokens, D width, L latents, K slots per token, P = N · K pairs, C chunks (see :mod:`.by_latent`).
+For every pair (token n, slot j) of latent l, with g = ∂loss/∂x̂ and x the encoder's (centered) input:
+
+    d_act     = <g_n, W_dec[l]>            dW_enc[l] += d_act · x_n
+    dW_dec[l] += act · g_n                 db_enc[l] += d_act
+
+One program owns one latent and keeps its rows in registers, in float32: W_dec[l] is read once, no gradient
+is ever added in memory, and latents without pairs get exactly 0. Full chunks of hot latents are summed by
+programs of their own into partial rows, added in order before the remainder. Bitwise reproducible.
+Rows wider than the registers take slabs of BLOCK_D columns, after :mod:`.act_grad` has made d_acts.
+"""
+# pyright: basic
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .act_grad import act_grad
+from .by_latent import LatentIndex, by_latent
+from .configs import latent_grad_config
+from .decode import refuse_float64
+
+
+class LatentGrads(NamedTuple):
+    """What :func:`latent_grad` returns, all float32; None where not asked for."""
+
+    d_acts: Tensor | None  # [N, K]; 0 outside the index
+    dW_dec: Tensor | None  # [L, D]
+    dW_enc: Tensor | None  # [L, D]
+    db_enc: Tensor | None  # [L]
+
+
+@triton.jit
+def _load_rows(ptr, rows, mask_p, offs_d, mask_d, D):
+    """``[BLOCK_P, BLOCK_D]`` of a matrix that other latents will want again soon, as float32."""
+    mask = mask_p[:, None] & mask_d[None, :]
+    tile = tl.load(ptr + rows[:, None] * D + offs_d[None, :], mask=mask, other=0.0, eviction_policy="evict_last")
+    return tile.to(tl.float32)
+
+
+@triton.jit(do_not_specialize=["N", "L", "split"])
+def _latent_grad_kernel(
+    pairs_ptr, offsets_ptr, chunk_offsets_ptr, chunk_latents_ptr, split,  # the index
+    acts_ptr, grad_ptr, scale_ptr,  # [N, K], [N, D] or [2, N, D], []; grad_ptr None: no decoder side
+    x_ptr,  # [N, D]; None: no encoder side
+    W_ptr,  # [L, D]; None: d_acts are given
+    d_acts_ptr,  # [N, K]: read if W_ptr is None, else written; None: neither
+    dW_dec_ptr, dW_enc_ptr, db_enc_ptr,  # [L, D], [L, D], [L]; for chunks [C, D], [C, D], [C]
+    part_dec_ptr, part_enc_ptr, part_db_ptr,  # [C, D], [C, D], [C], of the chunks
+    N, L,
+    D: tl.constexpr, K: tl.constexpr, FIRST_K: tl.constexpr, CHUNKS: tl.constexpr,
+    BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    slab = tl.program_id(1)
+    offs_d = slab * BLOCK_D + tl.arange(0, BLOCK_D)
+    mask_d = offs_d < D
+    dW_dec = tl.zeros((BLOCK_D,), dtype=tl.float32)
+    dW_enc = tl.zeros((BLOCK_D,), dtype=tl.float32)
+    db_enc = tl.zeros((), dtype=tl.float32)
+    if CHUNKS:
+        latent = tl.load(chunk_latents_ptr + row)
+        if latent == L:
+            return
+        begin = tl.load(offsets_ptr + latent) + (row - tl.load(chunk_offsets_ptr + latent)) * split
+        end = begin + split
+    else:
+        latent = row
+        first_chunk = tl.load(chunk_offsets_ptr + latent)
+        chunk = first_chunk
+        chunk_end = tl.load(chunk_offsets_ptr + latent + 1)
+        while chunk < chunk_end:
+            if grad_ptr is not None:
+                dW_dec += tl.load(part_dec_ptr + chunk * D + offs_d, mask=mask_d, other=0.0)
+            if x_ptr is not None:
+                dW_enc += tl.load(part_enc_ptr + chunk * D + offs_d, mask=mask_d, other=0.0)
+                db_enc += tl.load(part_db_ptr + chunk)
+            chunk += 1
+        begin = tl.load(offsets_ptr + latent) + (chunk_end - first_chunk) * split
+        end = tl.load(offsets_ptr + latent + 1)
+
+    if W_ptr is not None:
+        W_row = tl.load(W_ptr + latent * D + offs_d, mask=mask_d, other=0.0, eviction_policy="evict_first")
+        W_row = W_row.to(tl.float32)
+    scale = 1.0
+    if scale_ptr is not None:
+        scale = tl.load(scale_ptr)
+    offs_p = tl.arange(0, BLOCK_P)
+    while begin < end:
+        mask_p = begin + offs_p < end
+        pair = tl.load(pairs_ptr + begin + offs_p, mask=mask_p, other=0)
+        token = pair // K
+        if grad_ptr is not None:
+            grad_row = token
+            if FIRST_K > 0:
+                grad_row += tl.where(pair % K >= FIRST_K, N.to(tl.int64), 0)
+            grad = _load_rows(grad_ptr, grad_row, mask_p, offs_d, mask_d, D)
+            act = tl.load(acts_ptr + pair, mask=mask_p, other=0.0).to(tl.float32)
+            dW_dec += tl.sum((act * scale)[:, None] * grad, axis=0)
+        if W_ptr is not None:
+            d_act = tl.sum(grad * W_row[None, :], axis=1) * scale
+            if d_acts_ptr is not None:
+                tl.store(d_acts_ptr + pair, d_act, mask=mask_p)
+        elif x_ptr is not None:
+            d_act = tl.load(d_acts_ptr + pair, mask=mask_p, other=0.0).to(tl.float32)
+        if x_ptr is not None:
+            x = _load_rows(x_ptr, token, mask_p, offs_d, mask_d, D)
+            dW_enc += tl.sum(d_act[:, None] * x, axis=0)
+            db_enc += tl.sum(d_act, axis=0)
+        begin += BLOCK_P
+
+    if grad_ptr is not None:
+        tl.store(dW_dec_ptr + row * D + offs_d, dW_dec, mask=mask_d, eviction_policy="evict_first")
+    if x_ptr is not None:
+        tl.store(dW_enc_ptr + row * D + offs_d, dW_enc, mask=mask_d, eviction_policy="evict_first")
+        tl.store(db_enc_ptr + row, db_enc, mask=slab == 0)
+
+
+def latent_grad(
+    index: LatentIndex,
+    shape: tuple[int, int, int, int],  # N, K, L, D
+    *,
+    grad_out: Tensor | None = None,  # [N, D]: asks for dW_dec; needs top_acts, top_indices, W_dec
+    top_acts: Tensor | None = None,  # [N, K]
+    top_indices: Tensor | None = None,  # [N, K]
+    W_dec: Tensor | None = None,  # [L, D]
+    x: Tensor | None = None,  # [N, D]: asks for dW_enc and db_enc
+    d_acts: Tensor | None = None,  # [N, K]: given, instead of made from grad_out and W_dec
+    return_d_acts: bool = False,
+    first_k: int | None = None,
+    grad_scale: Tensor | None = None,  # [], float32: multiplies grad_out
+) -> LatentGrads:
+    """The gradients that the arguments ask for, over the pairs of ``index``.
+
+    ``first_k`` (Multi-TopK): grad_out is [2, N, D], for the slots below ``first_k`` and for the rest.
+    """
+    N, K, L, D = shape
+    config = latent_grad_config(D)
+    made_here = d_acts is None and config.BLOCK_D >= D
+    if d_acts is None and not made_here:
+        d_acts = act_grad(grad_out, top_indices, W_dec, first_k=first_k, grad_scale=grad_scale)
+    elif made_here and return_d_acts:
+        d_acts = grad_out.new_zeros((N, K), dtype=torch.float32)
+
+    def launch(count: int, outputs, partials, *, chunks: bool) -> None:
+        if count:
+            _latent_grad_kernel[(count, triton.cdiv(D, config.BLOCK_D))](
+                *index, _contiguous(top_acts), _contiguous(grad_out), grad_scale, _contiguous(x),
+                _contiguous(W_dec) if made_here else None, _contiguous(d_acts), *outputs, *partials, N, L,
+                D=D, K=K, FIRST_K=first_k or 0, CHUNKS=chunks, **config._asdict(),
+            )  # fmt: skip
+
+    num_chunks = index.chunk_latents.numel()
+    partials = _new_rows(num_chunks, grad_out, x)
+    grads = _new_rows(L, grad_out, x)
+    launch(num_chunks, partials, partials, chunks=True)
+    launch(L, grads, partials, chunks=False)
+    return LatentGrads(d_acts if return_d_acts else None, *grads)
+
+
+def _new_rows(count: int, grad_out: Tensor | None, x: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Unfilled dW_dec, dW_enc [count, D] and db_enc [count] of the sides that are there."""
+    dW_dec = None if grad_out is None else grad_out.new_empty((count, grad_out.shape[-1]), dtype=torch.float32)
+    if x is None:
+        return dW_dec, None, None
+    return dW_dec, x.new_empty((count, x.shape[-1]), dtype=torch.float32), x.new_empty(count, dtype=torch.float32)
+
+
+def _contiguous(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.contiguous()
+
+
+def decode_backward(
+    grad_out: Tensor,  # [N, D]
+    top_acts: Tensor,  # [N, K]
+    top_indices: Tensor,  # [N, K], int32 or int64
+    W_dec: Tensor,  # [L, D]
+) -> tuple[Tensor, Tensor]:
+    """Backward of :func:`.decode.decode`: d_acts [N, K] for every slot, also of zero acts, and dW_dec [L, D].
+
+    Both float32. Raises ``ValueError`` for float64.
+    """
+    refuse_float64("sparse_decode", grad_out, top_acts, W_dec)
+    index = by_latent(top_indices, None, W_dec.shape[0])
+    grads = latent_grad(
+        index, (*top_acts.shape, *W_dec.shape),
+        grad_out=grad_out, top_acts=top_acts, top_indices=top_indices, W_dec=W_dec, return_d_acts=True,
+    )  # fmt: skip
+    return grads.d_acts, grads.dW_dec
+
+
+def encode_backward(
+    d_acts: Tensor,  # [N, K]; 0 where ReLU was at 0
+    top_indices: Tensor,  # [N, K], int32 or int64
+    x: Tensor,  # [N, D]
+    num_latents: int,
+) -> tuple[Tensor, Tensor]:
+    """Backward of the encoder at fixed indices: dW_enc [L, D] and db_enc [L], both float32.
+
+    Raises ``ValueError`` for float64.
+    """
+    refuse_float64("topk_encode", d_acts, x)
+    index = by_latent(top_indices, d_acts, num_latents)
+    grads = latent_grad(index, (*d_acts.shape, num_latents, x.shape[1]), x=x, d_acts=d_acts)
+    return grads.dW_enc, grads.db_enc
+
+
+def coder_backward(
+    grad_out: Tensor,  # [N, D], or [2, N, D] with first_k
+    top_acts: Tensor,  # [N, K]
+    top_indices: Tensor,  # [N, K], int32 or int64
+    x: Tensor,  # [N, D], what the encoder saw
+    W_dec: Tensor,  # [L, D]
+    *,
+    return_d_acts: bool = False,
+    first_k: int | None = None,
+    grad_scale: Tensor | None = None,  # [], float32: multiplies grad_out, e.g. 2 / variance
+    index: LatentIndex | None = None,  # of these indices and acts, where the caller has it
+) -> LatentGrads:
+    """Backward of decode(encode(x)) at fixed indices in one pass: the training step.
+
+    ReLU's mask is the index: a selected latent whose activation is 0 gets no gradient through the encoder, and
+    its d_act is 0. ``first_k`` (Multi-TopK): row 0 of grad_out is for the slots below ``first_k`` (the gradients
+    of both residuals), row 1 for the rest. Raises ``ValueError`` for float64.
+    """
+    refuse_float64("coder_backward", grad_out, top_acts, x, W_dec)
+    grads = latent_grad(
+        index or by_latent(top_indices, top_acts, W_dec.shape[0]), (*top_acts.shape, *W_dec.shape),
+        grad_out=grad_out, top_acts=top_acts, top_indices=top_indices, W_dec=W_dec, x=x,
+        return_d_acts=return_d_acts, first_k=first_k, grad_scale=grad_scale,
+    )  # fmt: skip
+    if grads.d_acts is not None:  # act_grad knows no index
+        grads.d_acts.masked_fill_(top_acts == 0, 0.0)
+    return grads

@@ -1,0 +1,207 @@
+# pyright: basic
+"""Exact top k of a row from group maxima, deterministic, in one pass over the scores.
+
+Shapes: N tokens, L latents, K selected. A row's latents are dealt into P groups (``group_column`` below says which
+columns belong to which group); for each group the row has
+
+    first  [P]  the key of its largest member (`keys.py`), and that member's column,
+    bound  [P]  no smaller than the key of any other member.
+
+Let t be the K-th largest ``first``, but at least FLOOR = 1, the key of the smallest positive activation. Where t is
+not raised to FLOOR, K keys reach it already, so every positive member of the top K has key >= t. A group with ``bound < t`` can contribute its
+maximum only: a *single*. A group with ``bound >= t`` may hide further members: all its members are looked at again.
+Singles and members of hidden groups are therefore a superset of the positive top K, for any distribution and any
+number of ties. They pass through a sorted list of the best ones, WINDOW at a time, so that no buffer can overflow.
+What is missing to K is filled with zeros at the smallest columns that are left; K columns always suffice for that.
+
+Among random scores about K² / 2P groups per row are hidden, so that the second look costs little. Ties are decided
+by the smaller column, NaN comes first: see `keys.py`.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import configs
+from .groupmax import groupmax_select
+from .keys import kth_largest, merge_ranks, pack_rank, rank_column, rank_key, relu_key
+
+
+@triton.jit
+def group_column(group, member, STRIDE, GROUP):
+    """Column of a group's member: groups come in blocks of STRIDE, whose members alternate with period STRIDE."""
+    return (group // STRIDE) * (STRIDE * GROUP) + group % STRIDE + member * STRIDE
+
+
+@triton.jit
+def find_candidates(first, bound, FLOOR: tl.constexpr, K: tl.constexpr, WINDOW: tl.constexpr):
+    """Which groups are single, which are hidden, and each one's place among its kind; all [P]."""
+    P: tl.constexpr = first.shape[0]
+    lo = tl.full((), 0, tl.int32)
+    if P >= WINDOW:  # WINDOW >= K parts: the least of their maxima is reached by at least K groups
+        lo = tl.min(tl.max(tl.reshape(first, (WINDOW, P // WINDOW)), axis=1), axis=0)
+    threshold = tl.maximum(kth_largest(first, lo, tl.max(first, axis=0), K), FLOOR)
+    hidden = bound >= threshold
+    single = (first >= threshold) & (bound < threshold)
+    places = tl.cumsum((hidden.to(tl.int32) << 16) | single.to(tl.int32), axis=0)  # two counts in one scan
+    return single, (places & 0xFFFF) - 1, hidden, ((places >> 16) & 0xFFFF) - 1
+
+
+@triton.jit
+def window_columns(
+    begin, single, single_place, hidden, hidden_place, columns, groups, list_ptr, L,
+    STRIDE, GROUP, WINDOW: tl.constexpr,
+):  # fmt: skip
+    """Columns of the candidates number ``begin + [0, WINDOW)`` and whether they exist: singles, then hidden members.
+
+    ``list_ptr`` [2, WINDOW] carries the compacted columns and groups from the threads that own them to all.
+    """
+    num_singles = tl.sum(single.to(tl.int32), axis=0)
+    num_members = tl.sum(hidden.to(tl.int32), axis=0) * GROUP
+    first_hidden = tl.maximum(begin - num_singles, 0) // GROUP
+    single_at = single_place - begin
+    hidden_at = hidden_place - first_hidden
+    tl.debug_barrier()  # the list's last readers are done
+    tl.store(list_ptr + single_at, columns, mask=single & (single_at >= 0) & (single_at < WINDOW))
+    tl.store(list_ptr + WINDOW + hidden_at, groups, mask=hidden & (hidden_at >= 0) & (hidden_at < WINDOW))
+    tl.debug_barrier()
+    offs = tl.arange(0, WINDOW)
+    is_single = begin + offs < num_singles
+    member = tl.maximum(begin + offs - num_singles, 0)
+    is_member = (begin + offs >= num_singles) & (member < num_members)
+    group = tl.load(list_ptr + WINDOW + member // GROUP - first_hidden, mask=is_member, other=0)
+    column = tl.load(list_ptr + offs, mask=is_single, other=0)
+    column = tl.where(is_single, column, group_column(group, member % GROUP, STRIDE, GROUP))
+    return column, (is_single | is_member) & (column < L)
+
+
+@triton.jit
+def keep_best(best, ranks, begin, K: tl.constexpr, WINDOW: tl.constexpr):
+    """The WINDOW largest of both, descending; sorts only when ``ranks`` hold something better than the K-th best."""
+    if begin == 0:
+        best = tl.sort(ranks, descending=True)
+    elif tl.max(ranks, axis=0) > kth_best(best, K, WINDOW):
+        best = merge_ranks(best, ranks)
+    return best
+
+
+@triton.jit
+def kth_best(best, K: tl.constexpr, WINDOW: tl.constexpr):
+    """The K-th of descending ranks."""
+    return tl.max(tl.where(tl.arange(0, WINDOW) == K - 1, best, 0), axis=0)
+
+
+@triton.jit
+def write_row(best, acts_ptr, indices_ptr, K: tl.constexpr, WINDOW: tl.constexpr):
+    """Write K activations and indices of one row; zeros at the smallest unused columns where ``best`` has fewer."""
+    keys = rank_key(best)
+    columns = rank_column(best)
+    slots = tl.arange(0, WINDOW)
+    found = (keys > 0) & (slots < K)
+    num_found = tl.sum(found.to(tl.int32), axis=0)
+    if num_found < K:  # the row of indices first serves as a row of flags: which of the columns 0..K-1 are taken
+        tl.store(indices_ptr + slots, tl.zeros((WINDOW,), tl.int64), mask=slots < K)
+        tl.debug_barrier()
+        tl.store(indices_ptr + columns, tl.full((WINDOW,), 1, tl.int64), mask=found & (columns < K))
+        tl.debug_barrier()
+        free = (tl.load(indices_ptr + slots, mask=slots < K, other=1) == 0) & (slots < K)
+        tl.debug_barrier()
+        slot = num_found + tl.cumsum(free.to(tl.int32), axis=0) - 1
+        tl.store(indices_ptr + slot, slots.to(tl.int64), mask=free & (slot < K))
+        tl.store(acts_ptr + slot, tl.zeros((WINDOW,), tl.float32), mask=free & (slot < K))
+    tl.store(indices_ptr + slots, columns.to(tl.int64), mask=found)
+    tl.store(acts_ptr + slots, keys.to(tl.float32, bitcast=True), mask=found)
+
+
+@triton.jit
+def _stored_keys(scores_ptr, bias_ptr, mask_ptr, offs, mask, HAS_BIAS: tl.constexpr, HAS_MASK: tl.constexpr):
+    """Keys of ``relu(scores + bias)`` at columns ``offs``; 0 outside ``mask`` and where the latent mask says so."""
+    scores = tl.load(scores_ptr + offs, mask=mask, other=0.0).to(tl.float32)
+    if HAS_BIAS:
+        scores += tl.load(bias_ptr + offs, mask=mask, other=0.0)
+    keys = relu_key(scores)
+    if HAS_MASK:
+        keys = tl.where(tl.load(mask_ptr + offs, mask=mask, other=0) != 0, keys, 0)
+    return keys
+
+
+@triton.jit
+def _select_kernel(
+    scores_ptr, bias_ptr, mask_ptr, list_ptr, acts_ptr, indices_ptr,
+    L, GROUP,
+    K: tl.constexpr, WINDOW: tl.constexpr, LANES: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_MASK: tl.constexpr,
+):  # fmt: skip
+    """One program per row: group g holds the columns g + i·LANES, i < GROUP."""
+    row = tl.program_id(0).to(tl.int64)
+    scores_ptr += row * L
+    groups = tl.arange(0, LANES)
+    first = tl.zeros((LANES,), tl.int32)
+    second = tl.zeros((LANES,), tl.int32)
+    member = tl.zeros((LANES,), tl.int32)
+    for i in range(0, GROUP):
+        offs_l = i * LANES + groups
+        keys = _stored_keys(scores_ptr, bias_ptr, mask_ptr, offs_l, offs_l < L, HAS_BIAS, HAS_MASK)
+        second = tl.maximum(second, tl.minimum(first, keys))
+        member = tl.where(keys > first, i, member)
+        first = tl.maximum(first, keys)
+    single, single_place, hidden, hidden_place = find_candidates(first, second, 1, K, WINDOW)
+    total = tl.sum(single.to(tl.int32), axis=0) + tl.sum(hidden.to(tl.int32), axis=0) * GROUP
+    best = tl.zeros((WINDOW,), tl.int64)
+    begin = tl.full((), 0, tl.int32)
+    while begin < total:
+        columns, exists = window_columns(
+            begin, single, single_place, hidden, hidden_place, groups + member * LANES, groups,
+            list_ptr + row * (2 * WINDOW), L, LANES, GROUP, WINDOW,
+        )  # fmt: skip
+        keys = _stored_keys(scores_ptr, bias_ptr, mask_ptr, columns, exists, HAS_BIAS, HAS_MASK)
+        ranks = tl.where(exists & (keys > 0), pack_rank(keys, columns), 0)
+        best = keep_best(best, ranks, begin, K, WINDOW)
+        begin += WINDOW
+    write_row(best, acts_ptr + row * K, indices_ptr + row * K, K, WINDOW)
+
+
+def select(pre_acts: Tensor, k: int, activation: str = "topk") -> Tensor:
+    """Indices [N, K] of the selected entries of ``pre_acts`` [N, L]; twin of :func:`.reference.select`.
+
+    Raises ``ValueError`` for float64, which the kernels do not compute in.
+    """
+    acts = torch.empty((pre_acts.shape[0], k), dtype=torch.float32, device=pre_acts.device)
+    indices = torch.empty_like(acts, dtype=torch.int64)
+    select_scores(pre_acts, None, None, k, activation, acts, indices)
+    return indices
+
+
+def select_scores(
+    scores: Tensor,  # [N, L]
+    bias: Tensor | None,  # [L] float32
+    latent_mask: Tensor | None,  # bool [L]
+    k: int,
+    activation: str,
+    acts: Tensor,  # [N, K] float32, written
+    indices: Tensor,  # [N, K] int64, written
+) -> None:
+    """Select from ``relu(scores + bias)``, latents outside ``latent_mask`` counting as 0."""
+    if scores.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        raise ValueError(
+            f"select: the Triton kernels take float32, float16 or bfloat16, got {scores.dtype}; "
+            'use implementation="reference" for float64'
+        )
+    scores = scores.contiguous()
+    N, L = scores.shape
+    if N == 0:
+        return
+    if activation == "groupmax":
+        groupmax_select(scores, bias, latent_mask, k, acts, indices)
+        return
+    config = configs.select_config(L, k, scores.dtype, scores.device)
+    window = configs.window(k, 16)
+    compacted = torch.empty((N, 2, window), dtype=torch.int32, device=scores.device)
+    _select_kernel[(N,)](
+        scores, bias, latent_mask, compacted, acts, indices,
+        L, triton.cdiv(L, config.LANES),
+        K=k, WINDOW=window, LANES=config.LANES, HAS_BIAS=bias is not None, HAS_MASK=latent_mask is not None,
+        num_warps=config.num_warps,
+    )  # fmt: skip
