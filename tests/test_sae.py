@@ -165,7 +165,6 @@ def test_nan_reaches_the_loss():
     assert sae(x, total_variance=torch.tensor(1.0)).fvu.isnan()
 
 
-@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # torch.compile's own doing
 def test_compiles_without_graph_breaks():
     sae = make(implementation="cpu", dtype=torch.float32)
     x = torch.randn(9, 7)
