@@ -1,6 +1,7 @@
 """Tiny models of real architectures with random weights, saved the ordinary way."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import (
@@ -18,7 +19,7 @@ from fastsae import demo
 VOCABULARY = 4096
 
 
-def make_model(architecture: str):
+def make_model(architecture: str) -> Any:
     torch.manual_seed(0)
     if architecture == "gpt2":
         config = GPT2Config(vocab_size=VOCABULARY, n_positions=64, n_embd=32, n_layer=3, n_head=4)
@@ -42,7 +43,7 @@ def save_model(architecture: str, folder: Path) -> Path:
     return folder
 
 
-def token_rows(rows: int, length: int, seed: int = 0):
+def token_rows(rows: int, length: int, seed: int = 0) -> Any:
     from datasets import Dataset
 
     generator = torch.Generator().manual_seed(seed)

@@ -1,5 +1,7 @@
 """The optimizer step: learning-rate rules, a schedule that ends at the last step, decoders on the sphere."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 
@@ -7,7 +9,7 @@ from fastsae import FastSae, SaeConfig, TrainConfig, TranscoderConfig
 from fastsae.optim import adam_lr, apply_gradients, learning_rates, linear_schedule, make_optimizer, warmup_steps
 
 
-def coders(*latents: int, cfg=SaeConfig) -> list[FastSae]:
+def coders(*latents: int, cfg: Callable[..., SaeConfig] = SaeConfig) -> list[FastSae]:
     torch.manual_seed(0)
     return [FastSae(5, cfg(num_latents=n, k=2)) for n in latents]
 

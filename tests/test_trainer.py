@@ -80,7 +80,7 @@ def test_two_steps_equal_the_same_steps_by_hand(tmp_path):
         optimizer.step()
         optimizer.zero_grad()
         with torch.no_grad():
-            twin.W_dec /= twin.W_dec.norm(dim=1, keepdim=True)
+            twin.W_dec.div_(twin.W_dec.norm(dim=1, keepdim=True))
     for name, tensor in twin.state_dict().items():
         torch.testing.assert_close(trainer.coders["h.1"].state_dict()[name], tensor, atol=1e-5, rtol=1e-4)
 

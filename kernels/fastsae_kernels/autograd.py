@@ -113,7 +113,7 @@ class TopKEncode(torch.autograd.Function):
         return top_acts, top_indices
 
     @staticmethod
-    def backward(ctx, d_acts, _):
+    def backward(ctx, d_acts, _):  # pyright: ignore[reportIncompatibleMethodOverride]
         x, weight, top_acts, top_indices = ctx.saved_tensors
         d_acts = d_acts.masked_fill(top_acts <= 0, 0.0)  # [N, K]
         dx = d_weight = d_bias = None
@@ -135,7 +135,7 @@ class SparseDecode(torch.autograd.Function):
         return _decode(top_acts, top_indices, W_dec, None, impl)
 
     @staticmethod
-    def backward(ctx, grad_out):
+    def backward(ctx, grad_out):  # pyright: ignore[reportIncompatibleMethodOverride]
         top_acts, top_indices, W_dec = ctx.saved_tensors
         if not (ctx.needs_input_grad[0] or ctx.needs_input_grad[2]):
             return None, None, None, None
