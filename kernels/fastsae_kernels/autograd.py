@@ -99,30 +99,34 @@ def _(pre_acts, k, activation, impl):
 
 
 class TopKEncode(torch.autograd.Function):
-    """``acts, indices = TopK(ReLU(x weightᵀ + bias))``, differentiable in x, weight and bias.
+    """``acts, indices = TopK(ReLU((x - b_dec) weightᵀ + bias))``, differentiable in x, weight, bias and b_dec.
 
-    A selected latent whose activation is 0 gets no gradient (ReLU's mask).
+    A selected latent whose activation is 0 gets no gradient (ReLU's mask). b_dec needs no gather of its own:
+    its gradient is ``-weightᵀ d_bias``.
     """
 
     @staticmethod
-    def forward(ctx, x, weight, bias, latent_mask, k, activation, impl):
-        top_acts, top_indices = _encode(x, weight, bias, latent_mask, k, activation, impl)
-        ctx.save_for_backward(x, weight, top_acts, top_indices)
-        ctx.bias_dtype, ctx.impl = bias.dtype, impl
+    def forward(ctx, x, weight, bias, b_dec, latent_mask, k, activation, impl):
+        centered = reference.center(x, b_dec)
+        top_acts, top_indices = _encode(centered, weight, bias, latent_mask, k, activation, impl)
+        ctx.save_for_backward(centered, weight, top_acts, top_indices)
+        ctx.bias_dtype, ctx.b_dec_dtype, ctx.impl = bias.dtype, None if b_dec is None else b_dec.dtype, impl
         ctx.mark_non_differentiable(top_indices)
         return top_acts, top_indices
 
     @staticmethod
     def backward(ctx, d_acts, _):  # pyright: ignore[reportIncompatibleMethodOverride]
-        x, weight, top_acts, top_indices = ctx.saved_tensors
+        centered, weight, top_acts, top_indices = ctx.saved_tensors
         d_acts = d_acts.masked_fill(top_acts <= 0, 0.0)  # [N, K]
-        dx = d_weight = d_bias = None
+        dx = d_weight = d_bias = d_b_dec = None
         if ctx.needs_input_grad[0]:
-            dx = _decode(d_acts, top_indices, weight, None, ctx.impl).to(x.dtype)
-        if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
-            d_weight, d_bias = _encode_backward(d_acts, top_indices, x, weight.shape[0], ctx.impl)
+            dx = _decode(d_acts, top_indices, weight, None, ctx.impl).to(centered.dtype)
+        if any(ctx.needs_input_grad[1:4]):
+            d_weight, d_bias = _encode_backward(d_acts, top_indices, centered, weight.shape[0], ctx.impl)
+            if ctx.needs_input_grad[3]:
+                d_b_dec = -(d_bias @ weight.to(d_bias.dtype)).to(ctx.b_dec_dtype)
             d_weight, d_bias = d_weight.to(weight.dtype), d_bias.to(ctx.bias_dtype)
-        return dx, d_weight, d_bias, None, None, None, None
+        return dx, d_weight, d_bias, d_b_dec, None, None, None, None
 
 
 class SparseDecode(torch.autograd.Function):
@@ -175,13 +179,12 @@ def topk_encode(
             b_dec=b_dec, activation=activation, latent_mask=latent_mask, return_pre_acts=return_pre_acts,
         )  # fmt: skip
     backend(implementation)
-    x = reference.center(x, b_dec)
     if return_pre_acts:  # dense anyway: autograd differentiates both outputs
-        pre_acts = reference.scores(x, weight, bias).relu()
+        pre_acts = reference.scores(reference.center(x, b_dec), weight, bias).relu()
         allowed = pre_acts if latent_mask is None else pre_acts.masked_fill(~latent_mask, 0.0)
         top_indices = _select(allowed.detach(), k, activation, implementation)
         return EncoderOutput(allowed.gather(-1, top_indices), top_indices, allowed)
-    top_acts, top_indices = TopKEncode.apply(x, weight, bias, latent_mask, k, activation, implementation)
+    top_acts, top_indices = TopKEncode.apply(x, weight, bias, b_dec, latent_mask, k, activation, implementation)
     return EncoderOutput(top_acts, top_indices, None)
 
 
