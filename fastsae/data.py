@@ -91,16 +91,23 @@ def tokenize(
 
 
 def load_tokens(
-    name: str, run: RunConfig, load_tokenizer: Callable[[], PreTrainedTokenizerBase], config: PreTrainedConfig
+    name: str,
+    run: RunConfig,
+    tokenizer: PreTrainedTokenizerBase | Callable[[], PreTrainedTokenizerBase],
+    config: PreTrainedConfig,
 ) -> Dataset:
-    """Load, tokenise (unless ``input_ids`` are there), shuffle, cut to the limits: rows of ``input_ids``."""
+    """Load, tokenise (unless ``input_ids`` are there), shuffle, cut to the limits: rows of ``input_ids``.
+
+    ``tokenizer`` may be a function that loads one: it is called only where there is text to tokenise.
+    """
     data = load_data(name, run)
     if "input_ids" in data.column_names:
         logger.info("dataset is tokenised already: using its input_ids")
         keep = {"input_ids", "attention_mask"}
         data = data.remove_columns([column for column in data.column_names if column not in keep])
     else:
-        tokenizer = load_tokenizer()
+        if not isinstance(tokenizer, PreTrainedTokenizerBase):
+            tokenizer = tokenizer()
         ctx_len = context_length(run.ctx_len, tokenizer, config)
         data = tokenize(
             data, tokenizer, ctx_len=ctx_len, text_column=run.text_column, num_proc=run.data_preprocessing_num_proc

@@ -139,6 +139,13 @@ def test_mistakes_are_one_line_and_exit_code_2(tmp_path, monkeypatch, capsys, ar
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
 
+def test_a_model_alone_trains_on_sparsifys_default_dataset(tmp_path, capsys):
+    model = save_model("gpt2", tmp_path / "model")
+    code, _, err = run(capsys, "train", str(model), "--save-dir", str(tmp_path / "out"))
+    assert code == 2  # there is no hub here
+    assert "got 'EleutherAI/SmolLM2-135M-10B'" in one_line(err)
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
 def test_cuda_without_a_gpu(capsys):
     code, _, err = run(capsys, "train", "--device", "cuda")

@@ -98,7 +98,7 @@ def test_load_tokens_shuffles_and_limits(tmp_path, tokenizer, model_config):
     write_files(tmp_path, "parquet")
 
     def rows(**options):
-        data = load_tokens(str(tmp_path), RunConfig(ctx_len=4, **options), lambda: tokenizer, model_config)
+        data = load_tokens(str(tmp_path), RunConfig(ctx_len=4, **options), tokenizer, model_config)
         return [row["input_ids"].tolist() for row in data]
 
     whole = rows()
@@ -172,3 +172,11 @@ def test_collate():
     assert batch["attention_mask"].tolist() == [[1, 0], [1, 1]]
     with pytest.raises(ArtifactError, match="of one length, got lengths from 2 to 3"):
         collate([{"input_ids": [1, 2]}, {"input_ids": [1, 2, 3]}])
+
+
+def test_hub_datasets_go_through_load_dataset_with_split_and_token(monkeypatch):
+    calls = []
+    data = Dataset.from_dict({"text": TEXTS})
+    monkeypatch.setattr("fastsae.data.load_dataset", lambda name, **options: calls.append((name, options)) or data)
+    assert load_data("org/corpus", RunConfig(split="validation", hf_token="hf_x")) is data
+    assert calls == [("org/corpus", {"split": "validation", "token": "hf_x"})]
