@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.logging import RichHandler
 from rich.table import Table
 
-from .bench_shapes import BenchConfig
+from .bench.shapes import BenchConfig
 from .config import RunConfig, SaeConfig, TrainConfig
 from .errors import FastsaeError
 from .options import build, normalise, with_options
@@ -100,7 +100,7 @@ def bench(**options: Any) -> None:
 
     Checks every result against float64 first; exits with 1, and prints no speed, where one differs.
     """
-    from .bench import bench
+    from .bench.run import bench
 
     raise typer.Exit(bench(build(BenchConfig, options)))
 

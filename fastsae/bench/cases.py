@@ -13,7 +13,7 @@ import fastsae_kernels
 import torch
 from torch import Tensor
 
-from .bench_truth import Problem
+from .truth import Problem
 
 Run = Callable[[], tuple[Tensor, ...]]
 

@@ -9,8 +9,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
-from .errors import ConfigError
-from .fields import check_types
+from ..errors import ConfigError
+from ..fields import check_types
 
 IMPLEMENTATIONS = ("auto", "triton", "cpu", "reference", "torch")
 

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .bench_shapes import Shape
+from .shapes import Shape
 
 CHUNK = 2**24  # float64 numbers at a time: 128 MiB
 

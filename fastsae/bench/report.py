@@ -16,10 +16,10 @@ from typing import Any, NamedTuple
 import torch
 from rich.table import Table
 
-from .bench_shapes import OPS, Cost, Shape
-from .bench_timing import Peaks, percentile
-from .bench_truth import Verdict
-from .version import __version__
+from ..version import __version__
+from .shapes import OPS, Cost, Shape
+from .timing import Peaks, percentile
+from .truth import Verdict
 
 
 class Row(NamedTuple):
@@ -100,7 +100,7 @@ def shape_table(title: str, records: list[dict[str, Any]]) -> Table:
             op, name, _digits(record["ms"]), f"{_digits(record['p10_ms'])}–{_digits(record['p90_ms'])}",
             _speed(record),
             "-" if record["peak_mib"] is None else f"{record['peak_mib']:.0f}",
-            "-" if ratio is None else f"{ratio:.2f}x", f"{record['ratio_to_bound']:.2f}x",
+            "-" if ratio is None else _ratio(ratio), _ratio(record["ratio_to_bound"]),
         )  # fmt: skip
     return table
 
@@ -113,6 +113,10 @@ def _speed(record: dict[str, Any]) -> str:
 
 def _flops(tera: float) -> str:
     return f"{_digits(tera)} TFLOP/s" if tera >= 1 else f"{_digits(1e3 * tera)} GFLOP/s"
+
+
+def _ratio(ratio: float) -> str:
+    return f"{ratio:.2f}x" if ratio < 100 else f"{ratio:.0f}x"
 
 
 def _why_untimed(record: dict[str, Any]) -> tuple[str, ...]:
@@ -205,7 +209,7 @@ def _checkout() -> dict[str, Any]:
             return None
         return done.stdout.strip() if done.returncode == 0 else None
 
-    if git("ls-files", "--error-unmatch", "version.py") is None:
+    if git("ls-files", "--error-unmatch", "report.py") is None:
         return {"commit": None, "modified": None}
     return {"commit": git("rev-parse", "HEAD"), "modified": bool(git("status", "--porcelain", "--untracked-files=no"))}
 

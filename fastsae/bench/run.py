@@ -16,13 +16,13 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from . import ops
-from .bench_cases import chosen_encoder, contestants
-from .bench_report import Row, device_name, environment, legend, remarks, row_record, shape_table, to_json, write_json
-from .bench_shapes import OPS, BenchConfig
-from .bench_timing import FULL, QUICK, Clock, Effort, clock_for, measure_peaks, time_rounds
-from .bench_truth import Problem, Verdict, judge, make_problem, tolerance
-from .errors import ArtifactError, ConfigError
+from .. import ops
+from ..errors import ArtifactError, ConfigError
+from .cases import chosen_encoder, contestants
+from .report import Row, device_name, environment, legend, remarks, row_record, shape_table, to_json, write_json
+from .shapes import OPS, BenchConfig
+from .timing import FULL, QUICK, Clock, Effort, clock_for, measure_peaks, time_rounds
+from .truth import Problem, Verdict, judge, make_problem, tolerance
 
 SEED = 0
 
