@@ -17,32 +17,33 @@ GROUP = 16
 
 
 def candidates(scores: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Entries that contain the ``count`` largest of each row: values [n, C], columns [n, C], group maxima.
+    """Entries that contain the ``count`` largest of each row: values [n, C], columns [n, C], and [n] the largest
+    group maximum left out, which bounds every other entry (-inf where none is left out).
 
-    Where the groups would cover most of the row anyway, every entry is a candidate and its own group.
+    Where the groups would cover most of the row anyway, every entry is a candidate.
     """
     n, num_latents = scores.shape
     width = num_latents // GROUP
     if 2 * count > width:
-        return scores, torch.arange(num_latents).expand(n, -1), scores
+        return scores, torch.arange(num_latents).expand(n, -1), scores.new_full((n,), -torch.inf)
     maxima = scores[:, : width * GROUP].unflatten(1, (GROUP, width)).amax(1)  # [n, L / GROUP]
-    groups = maxima.topk(count, dim=1, sorted=False).indices
-    members = groups[:, None, :] + torch.arange(0, width * GROUP, width)[:, None]  # [n, GROUP, count]
+    best, groups = maxima.topk(count + 1, dim=1)
+    members = groups[:, None, :-1] + torch.arange(0, width * GROUP, width)[:, None]  # [n, GROUP, count]
     rest = torch.arange(width * GROUP, num_latents).expand(n, -1)
     columns = torch.cat([members.flatten(1), rest], 1)
-    return scores.gather(1, columns), columns, maxima
+    return scores.gather(1, columns), columns, best[:, -1]
 
 
 def largest(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """The k largest entries of ReLU(scores) [n, L]: values and columns [n, K], in the order of the contract."""
-    values, columns, maxima = candidates(scores, k)
-    top, position = values.topk(k, dim=1, sorted=False)
-    top_columns = columns.gather(1, position)
-    kth = top.amin(1, keepdim=True)  # NaN if any is, and then every comparison below says "tied"
-    # Boundary ties, inside the candidates or in groups left out, are decided by index: sort these rows in full.
-    # Where fewer than k are positive, all positive ones are here, and fill_zeros places the zeros.
-    tied = ((~(values < kth)).sum(1) > k) | ((~(maxima < kth)).sum(1) > k)
-    rows = (tied & ~(kth[:, 0] <= 0)).nonzero()[:, 0]
+    values, columns, left_out = candidates(scores, k)
+    top, position = values.topk(min(k + 1, values.shape[1]), dim=1)
+    kth = top[:, k - 1]
+    runner_up = torch.maximum(left_out, top[:, k]) if top.shape[1] > k else left_out
+    top, top_columns = top[:, :k], columns.gather(1, position[:, :k])
+    # Boundary ties, inside the candidates or in groups left out, are decided by index: sort these rows in full, and
+    # those with NaN. Where fewer than k are positive, all positive ones are here, and fill_zeros places the zeros.
+    rows = (~(runner_up < kth) & ~(kth <= 0)).nonzero()[:, 0]
     if len(rows):
         exact = scores[rows].relu().sort(dim=1, descending=True, stable=True)
         top[rows], top_columns[rows] = exact.values[:, :k], exact.indices[:, :k]
