@@ -20,8 +20,8 @@ whatever the order of summation, is therefore at most
 
 where the last term pays for both float32 sums twice over, and the maximum is taken factor by factor. Norms are
 raised by D·2⁻²³ (their own rounding) and √D·2⁻⁶³ (squares that underflow, subnormal inputs flushed to
-zero). A token is certified if its k-th float32 score exceeds U, or if U <= 0 (then every excluded one is
-0 after the ReLU). Tokens that are not, and all whose bound is not finite, are encoded in float32 in full.
+zero). A token is certified if its k-th activation exceeds U; where that activation is 0, U < 0 says that every
+excluded one is 0 too. All other tokens, and those whose bound is not finite, are encoded in float32 in full.
 """
 
 from __future__ import annotations
@@ -144,7 +144,7 @@ def screened_topk(
         rows = slice(start, start + len(part))
         top_acts[rows], top_indices[rows] = ordered(exact, columns, k)
         bound = excluded_bound(weakest.amin(1), part, low, coder)
-        certified[rows] = (top_acts[rows, -1] > bound) | (bound <= 0)
+        certified[rows] = top_acts[rows, -1] > bound
         _stats[0] += len(part)
         _stats[1] += int((~certified[rows]).sum())
         if 2 * certified[rows].sum() < len(part):  # this coder's scores lie too close: do not try the rest
