@@ -55,6 +55,10 @@ class EncodeConfig:
     SWIZZLE_N: int = 8
     """Blocks of tokens that share a sweep over the latents, so that a weight tile is reused from L2."""
 
+    def num_groups(self, L: int) -> int:
+        """Groups of a row, those of the last tile's padding included."""
+        return triton.cdiv(L, self.BLOCK_L) * (self.BLOCK_L // self.GROUP)
+
 
 @dataclass(frozen=True)
 class SelectConfig:
@@ -160,6 +164,58 @@ def default_select(L: int, k: int, family: str) -> SelectConfig:
     return SelectConfig(lanes, num_warps=4 if lanes <= 2048 else 8)
 
 
+# ---- decoding and the backward pass ----------------------------------------------------------------------
+
+SLAB_BYTES = 32 * 2**20
+"""A slab of W_dec should stay in L2 beside everything else: 40 MB on A100, 50 on H100, more on later GPUs."""
+
+
+@dataclass(frozen=True)
+class DecodeConfig:
+    """Tiles of the decoder and of its transpose."""
+
+    BLOCK_K: int
+    """Rows of W_dec in flight."""
+
+    BLOCK_D: int
+    """Width of a slab."""
+
+    num_warps: int
+
+
+@dataclass(frozen=True)
+class LatentGradConfig:
+    """Tiles of the latent-major backward."""
+
+    BLOCK_P: int
+    """Pairs per iteration."""
+
+    BLOCK_D: int
+    """At least D: the whole row in registers. Less: slabs, after a pass of their own for the activations' gradient."""
+
+    num_warps: int
+
+
+def decode_config(D: int, L: int, k: int, itemsize: int) -> DecodeConfig:
+    """The widest slab of 128 ... 512 columns that fits into L2 and wastes at most an eighth of its lanes."""
+    BLOCK_D = min(512, max(16, triton.next_power_of_2(D)))
+    while BLOCK_D > 128 and (L * BLOCK_D * itemsize > SLAB_BYTES or -D % BLOCK_D > D // 8):
+        BLOCK_D //= 2
+    return DecodeConfig(min(8, triton.next_power_of_2(k)), BLOCK_D, num_warps=max(1, BLOCK_D // 128))
+
+
+def latent_grad_config(D: int) -> LatentGradConfig:
+    """The whole row in registers up to 8192 columns; beyond, slabs of 4096."""
+    BLOCK_D = max(16, triton.next_power_of_2(D))
+    if BLOCK_D <= 1024:
+        return LatentGradConfig(4, BLOCK_D, num_warps=max(1, BLOCK_D // 256))
+    if BLOCK_D == 2048:
+        return LatentGradConfig(2, BLOCK_D, num_warps=4)
+    if BLOCK_D == 8192:
+        return LatentGradConfig(1, BLOCK_D, num_warps=16)
+    return LatentGradConfig(2, 4096, num_warps=8)
+
+
 @dataclass(frozen=True)
 class Machine:
     """What the choice between the encoders assumes of a GPU; model figures, not measurements."""
@@ -199,7 +255,7 @@ def choose_encoder(
     if path not in ("auto", "fused", "chunked"):
         raise ValueError(f"encoder path: expected 'auto', 'fused' or 'chunked', got {path!r}")
     config = encode_config(D, L, k, dtype, device)
-    num_groups = triton.cdiv(L, config.BLOCK_L) * (config.BLOCK_L // config.GROUP)
+    num_groups = config.num_groups(L)
     fits = (k <= MAX_FUSED_K and num_groups <= MAX_GROUPS) or activation == "groupmax"
     if path == "fused" and not fits:
         raise ValueError(

@@ -154,7 +154,8 @@ def latent_grad(
             _latent_grad_kernel[(count, triton.cdiv(D, config.BLOCK_D))](
                 *index, _contiguous(top_acts), _contiguous(grad_out), grad_scale, _contiguous(x),
                 _contiguous(W_dec) if made_here else None, _contiguous(d_acts), *outputs, *partials, N, L,
-                D=D, K=K, FIRST_K=first_k or 0, CHUNKS=chunks, **config._asdict(),
+                D=D, K=K, FIRST_K=first_k or 0, CHUNKS=chunks,
+                BLOCK_P=config.BLOCK_P, BLOCK_D=config.BLOCK_D, num_warps=config.num_warps,
             )  # fmt: skip
 
     num_chunks = index.chunk_latents.numel()
