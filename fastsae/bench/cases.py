@@ -9,8 +9,8 @@ from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
-import fastsae_kernels
 import torch
+from fastsae_kernels import autograd, reference, sparse_decode, topk_encode
 from torch import Tensor
 
 from .truth import Problem
@@ -31,9 +31,9 @@ def coder(implementation: str) -> Coder:
         return Coder(_torch_encode, _torch_decode)
 
     def encode(*tensors, **options):
-        return fastsae_kernels.topk_encode(*tensors, **options, implementation=implementation)[:2]
+        return topk_encode(*tensors, **options, implementation=implementation)[:2]
 
-    return Coder(encode, partial(fastsae_kernels.sparse_decode, implementation=implementation))
+    return Coder(encode, partial(sparse_decode, implementation=implementation))
 
 
 def _torch_encode(x, weight, bias, k, b_dec=None):
@@ -73,8 +73,8 @@ def _topk(p: Problem, implementation: str) -> Run:
     if implementation == "torch":
         return lambda: (scores.topk(p.k, dim=1).indices,)
     if implementation == "reference":
-        return lambda: (fastsae_kernels.reference.select(scores, p.k),)
-    select = fastsae_kernels.autograd.backend(implementation).select
+        return lambda: (reference.select(scores, p.k),)
+    select = autograd.backend(implementation).select
     return lambda: (select(scores, p.k),)
 
 

@@ -44,9 +44,9 @@ def measure(op: str, p: Problem, implementations: list[str], clock: Clock, effor
             else:
                 row = row._replace(verdict=Verdict({}, f"raised {type(error).__name__}: {_first_line(error)}"))
         rows.append(row)
-    ready = {row.implementation: runs[row.implementation] for row in rows if row.verdict}
-    if not ready or any(row.difference for row in rows):
+    if any(row.difference for row in rows):
         return rows
+    ready = {row.implementation: runs[row.implementation] for row in rows if row.verdict}
     times = time_rounds(clock, ready, effort)
     return [row._replace(times=times.get(row.implementation, ())) for row in rows]
 

@@ -1,0 +1,26 @@
+# An index of one-liners. `make` lists them.
+.PHONY: help install test lint types bench gpu demo-model
+
+help:         ## this list
+	@grep -E '^[a-z-]+: .*##' Makefile | sed 's/: *##/\t/' | expand -t 14
+
+install:      ## the package with everything for development, editable
+	pip install -e ".[dev,interop]"
+
+test:         ## all tests; kernels run in Triton's interpreter where there is no GPU
+	pytest
+
+lint:         ## style and format
+	ruff check . && ruff format --check .
+
+types:        ## type checks
+	pyright
+
+bench:        ## speed on this machine, beside plain torch
+	fastsae bench
+
+gpu:          ## tests compiled, then the benchmark: make gpu OUT=folder [BENCH="--shapes S1"]
+	benchmarks/gpu.sh $(or $(OUT),$(error expected a folder for the results, got none; make gpu OUT=folder)) $(BENCH)
+
+demo-model:   ## train the embedded model anew
+	python -m fastsae.demo.build

@@ -1,0 +1,45 @@
+#!/usr/bin/env bash
+# Everything a GPU is needed for, in one go:  benchmarks/gpu.sh OUT_DIR [options of fastsae bench]
+#
+# Runs the tests compiled (no interpreter), then the benchmark, and leaves logs and results in OUT_DIR.
+# No speed is measured if a test fails. PYTHON chooses the interpreter; TESTS, what pytest is given instead of all
+# tests (environment.txt notes it). Exit code 0: all passed; 1: something failed; 2: it could not begin.
+set -uo pipefail
+
+[ $# -ge 1 ] || { echo "usage: benchmarks/gpu.sh OUT_DIR [options of fastsae bench]" >&2; exit 2; }
+mkdir -p "$1" || exit 2
+out=$(cd "$1" && pwd)
+shift
+cd "$(dirname "$0")/.." || exit 2
+
+python=${PYTHON:-python}
+tests=${TESTS:-tests}
+unset TRITON_INTERPRET
+rm -f "$out"/{tests.xml,tests.log,bench.json,bench.log} # of an earlier run
+export PYTHONUNBUFFERED=1 PYTHONPATH="$PWD:$PWD/kernels${PYTHONPATH:+:$PYTHONPATH}" COLUMNS=${COLUMNS:-80}
+
+"$python" -c 'import torch; raise SystemExit(not torch.cuda.is_available())' || {
+    echo "benchmarks/gpu.sh: expected a GPU that $python's torch sees, found none; see python -m torch.utils.collect_env" >&2
+    exit 2
+}
+
+{
+    date -u +%Y-%m-%dT%H:%M:%SZ
+    echo "commit: $(git rev-parse HEAD 2>/dev/null || echo unknown)"
+    git status --porcelain --untracked-files=no 2>/dev/null
+    echo "tests: $tests"
+    echo "bench: $*"
+    "$python" -m torch.utils.collect_env
+    "$python" -m pip list 2>/dev/null
+} >"$out/environment.txt" 2>&1
+nvidia-smi -q >"$out/nvidia-smi.txt" 2>&1 || rocm-smi >"$out/rocm-smi.txt" 2>&1
+
+# shellcheck disable=SC2086  # TESTS may be several words
+"$python" -m pytest -ra --junitxml="$out/tests.xml" $tests 2>&1 | tee "$out/tests.log" || {
+    echo "benchmarks/gpu.sh: tests failed, see $out/tests.log; no speed is measured" >&2
+    exit 1
+}
+"$python" -m fastsae bench --json "$out/bench.json" "$@" 2>&1 | tee "$out/bench.log" || {
+    echo "benchmarks/gpu.sh: the benchmark failed, see $out/bench.log" >&2
+    exit 1
+}
