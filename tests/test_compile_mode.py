@@ -33,11 +33,12 @@ def primitives(dtype: torch.dtype) -> dict[str, tuple]:
         "_encode_backward": (acts, indices, x, L, "cpu"),
         "_decode": (acts, indices, W_dec, b_dec, "cpu"),
         "_decode_backward": (x, acts, indices, W_dec, "cpu"),
+        "_act_grad": (x, indices, W_dec, "cpu"),
         "_select": (acts, 3, "topk", "cpu"),
     }
 
 
-PRIMITIVES = ["_encode", "_encode_backward", "_decode", "_decode_backward", "_select"]
+PRIMITIVES = ["_encode", "_encode_backward", "_decode", "_decode_backward", "_act_grad", "_select"]
 
 
 @pytest.fixture(autouse=True)

@@ -3,7 +3,8 @@
 Shapes: N tokens, D width, L latents, K slots per token.
 
 The decoder's kernel with roles exchanged: one program takes BLOCK_K slots of a token and runs along D. Used
-where the latent-major pass of :mod:`.latent_grad` cannot make it on the way: rows too wide for registers.
+where :mod:`.latent_grad` cannot make d_acts on the way (rows too wide for registers) or does not run at all (a
+frozen decoder).
 """
 # pyright: basic
 
@@ -15,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .configs import decode_config
+from .decode import refuse_float64
 
 
 @triton.jit(do_not_specialize=["N"])
@@ -53,7 +55,8 @@ def act_grad(
     first_k: int | None = None,
     grad_scale: Tensor | None = None,  # [], float32: multiplies grad_out
 ) -> Tensor:
-    """``d_acts`` [N, K], float32, for every slot."""
+    """``d_acts`` [N, K], float32, for every slot. Raises ``ValueError`` for float64."""
+    refuse_float64("sparse_decode", grad_out, W_dec)
     (N, K), (L, D) = top_indices.shape, W_dec.shape
     d_acts = grad_out.new_empty((N, K), dtype=torch.float32)
     if N == 0:

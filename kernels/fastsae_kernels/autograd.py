@@ -22,7 +22,7 @@ BACKENDS = ("triton", "cpu")
 
 
 def backend(name: str) -> ModuleType:
-    """The module with ``encode, decode, encode_backward, decode_backward, select`` of that name."""
+    """The module with ``encode, decode, encode_backward, decode_backward, act_grad, select`` of that name."""
     if name == "triton":
         from . import launch
 
@@ -85,6 +85,16 @@ def _(grad_out, top_acts, top_indices, W_dec, impl):
     return torch.empty_like(top_acts), torch.empty_like(W_dec, dtype=accumulator_dtype(W_dec.dtype))
 
 
+@torch.library.custom_op(f"{NAMESPACE}::act_grad", mutates_args=())
+def _act_grad(grad_out: Tensor, top_indices: Tensor, W_dec: Tensor, impl: str) -> Tensor:
+    return backend(impl).act_grad(grad_out, top_indices, W_dec)
+
+
+@_act_grad.register_fake
+def _(grad_out, top_indices, W_dec, impl):
+    return W_dec.new_empty(top_indices.shape, dtype=accumulator_dtype(W_dec.dtype))
+
+
 @torch.library.custom_op(f"{NAMESPACE}::select", mutates_args=())
 def _select(pre_acts: Tensor, k: int, activation: str, impl: str) -> Tensor:
     return backend(impl).select(pre_acts, k, activation)
@@ -141,10 +151,12 @@ class SparseDecode(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_out):  # pyright: ignore[reportIncompatibleMethodOverride]
         top_acts, top_indices, W_dec = ctx.saved_tensors
-        if not (ctx.needs_input_grad[0] or ctx.needs_input_grad[2]):
-            return None, None, None, None
-        d_acts, d_W_dec = _decode_backward(grad_out.contiguous(), top_acts, top_indices, W_dec, ctx.impl)
-        return d_acts, None, d_W_dec.to(W_dec.dtype), None
+        if ctx.needs_input_grad[2]:
+            d_acts, d_W_dec = _decode_backward(grad_out.contiguous(), top_acts, top_indices, W_dec, ctx.impl)
+            return d_acts if ctx.needs_input_grad[0] else None, None, d_W_dec.to(W_dec.dtype), None
+        # a frozen decoder: no [L, D] gradient, no index
+        d_acts = _act_grad(grad_out.contiguous(), top_indices, W_dec, ctx.impl)
+        return d_acts.to(top_acts.dtype), None, None, None
 
 
 # ---- public functions --------------------------------------------------------------------------------

@@ -144,7 +144,7 @@ def encode_config(D: int, L: int, k: int, dtype: torch.dtype, device: torch.devi
 def resolve_config(num_groups: int, k: int, group: int, family: str) -> ResolveConfig:
     """How the fused encoder's select walks a row of ``num_groups`` maxima."""
     width = window(k, group)
-    block_d = min(128, max(16, 8192 // width))
+    block_d = min(128, max(16, 4096 // width))
     if family == "interpreter":
         return ResolveConfig(width, 16, num_warps=1)
     return ResolveConfig(width, block_d, num_warps=4 if num_groups <= 2048 and width <= 128 else 8)
@@ -197,10 +197,10 @@ class LatentGradConfig:
 
 
 def decode_config(D: int, L: int, k: int, itemsize: int) -> DecodeConfig:
-    """The widest slab of 128 ... 512 columns that fits into L2 and wastes at most an eighth of its lanes."""
-    BLOCK_D = min(512, max(16, triton.next_power_of_2(D)))
-    while BLOCK_D > 128 and (L * BLOCK_D * itemsize > SLAB_BYTES or -D % BLOCK_D > D // 8):
-        BLOCK_D //= 2
+    """Slabs of 256 columns; of 128 where 256 would not fit into L2 or leave more than an eighth of its lanes idle."""
+    BLOCK_D = min(256, max(16, triton.next_power_of_2(D)))
+    if BLOCK_D > 128 and (L * BLOCK_D * itemsize > SLAB_BYTES or -D % BLOCK_D > D // 8):
+        BLOCK_D = 128
     return DecodeConfig(min(8, triton.next_power_of_2(k)), BLOCK_D, num_warps=max(1, BLOCK_D // 128))
 
 
@@ -208,7 +208,7 @@ def latent_grad_config(D: int) -> LatentGradConfig:
     """The whole row in registers up to 8192 columns; beyond, slabs of 4096."""
     BLOCK_D = max(16, triton.next_power_of_2(D))
     if BLOCK_D <= 1024:
-        return LatentGradConfig(4, BLOCK_D, num_warps=max(1, BLOCK_D // 256))
+        return LatentGradConfig(max(2, 512 // BLOCK_D), BLOCK_D, num_warps=max(1, BLOCK_D // 256))
     if BLOCK_D == 2048:
         return LatentGradConfig(2, BLOCK_D, num_warps=4)
     if BLOCK_D == 8192:

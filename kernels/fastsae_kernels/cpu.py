@@ -141,9 +141,14 @@ def decode_backward(grad_out: Tensor, top_acts: Tensor, top_indices: Tensor, W_d
     ``dW_dec[l] = Σ top_acts[n, j] grad_out[n]`` over top_indices[n, j] = l, [L, D] in the accumulator's dtype.
     """
     grad = grad_out.to(accumulator_dtype(W_dec.dtype)).contiguous()
-    d_acts = sampled_products(grad, W_dec, top_indices)
+    d_acts = act_grad(grad, top_indices, W_dec)
     tokens, values, starts, _ = _by_latent(top_indices, top_acts.to(grad.dtype), len(W_dec))
     return d_acts.to(top_acts.dtype), embedding_bag(tokens, grad, starts, per_sample_weights=values, mode="sum")
+
+
+def act_grad(grad_out: Tensor, top_indices: Tensor, W_dec: Tensor) -> Tensor:
+    """``d_acts`` of :func:`decode_backward` alone, [N, K] in the accumulator's dtype of W_dec."""
+    return sampled_products(grad_out.to(accumulator_dtype(W_dec.dtype)).contiguous(), W_dec, top_indices)
 
 
 def _by_latent(top_indices: Tensor, values: Tensor, num_latents: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:

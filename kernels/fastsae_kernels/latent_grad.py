@@ -184,9 +184,8 @@ def decode_backward(
     top_indices: Tensor,  # [N, K], int32 or int64
     W_dec: Tensor,  # [L, D]
 ) -> tuple[Tensor, Tensor]:
-    """Backward of :func:`.decode.decode`: d_acts [N, K] for every slot, also of zero acts, and dW_dec [L, D].
-
-    Both float32. Raises ``ValueError`` for float64.
+    """Backward of :func:`.decode.decode`: d_acts [N, K] for every slot, also of zero acts, in top_acts' dtype,
+    and dW_dec [L, D] in float32. Raises ``ValueError`` for float64.
     """
     refuse_float64("sparse_decode", grad_out, top_acts, W_dec)
     index = by_latent(top_indices, None, W_dec.shape[0])
@@ -194,7 +193,7 @@ def decode_backward(
         index, (*top_acts.shape, *W_dec.shape),
         grad_out=grad_out, top_acts=top_acts, top_indices=top_indices, W_dec=W_dec, return_d_acts=True,
     )  # fmt: skip
-    return grads.d_acts, grads.dW_dec
+    return grads.d_acts.to(top_acts.dtype), grads.dW_dec
 
 
 def encode_backward(
