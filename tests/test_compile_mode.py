@@ -75,6 +75,7 @@ def test_another_number_of_tokens_does_not_recompile_twice():
 def test_dense_scores_compile_too():
     def scores_too(x, weight, bias):
         out = topk_encode(x, weight, bias, K, return_pre_acts=True, implementation="cpu")
+        assert out.pre_acts is not None
         return out.top_acts.sum() + out.pre_acts.square().sum()
 
     inputs = make_inputs(N, D, L)[:3]
