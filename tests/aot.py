@@ -69,7 +69,7 @@ def compile_case(case: Case, target: str):
         constexprs=dict(case.constexprs),
         attrs={(names.index(n),): [["tt.divisibility", 16]] for n in aligned},
     )
-    return triton.compile(source, target=gpu_target(target), options=dict(case.options))
+    return triton.compile(source, target=gpu_target(target), options={"enable_fp_fusion": True, **case.options})
 
 
 def report(compiled) -> dict[str, Any]:
@@ -87,6 +87,8 @@ def _amd_report(assembly: str) -> dict[str, Any]:
         "spills": number("vgpr_spill_count"),
         "mma": len(re.findall(r"v_mfma", assembly)),
         "loads_128": len(re.findall(r"(?:global|buffer)_load_dwordx4", assembly)),
+        "shuffles": len(re.findall(r"^\s+(?:ds_bpermute|ds_swizzle|v_permlane|\w+_dpp)", assembly, re.M)),
+        "barriers": len(re.findall(r"^\s+s_barrier", assembly, re.M)),
         "float_atomics": len(re.findall(r"(?:global|buffer)_atomic_\w*add_f", assembly)),
         "instructions": len(re.findall(r"^\s+[sv]_\w+|^\s+(?:ds|global|buffer)_\w+", assembly, re.M)),
     }

@@ -11,7 +11,8 @@ FLOORS = {
         "keys configs reference cpu_select cpu_sampled gemm_tile by_latent",
         "groupmax decode cpu_screen",
         "select act_grad cpu",
-        "topk_encode latent_grad",
+        "resolve latent_grad",
+        "encode",
         "launch",
         "autograd",
         "__init__",
@@ -88,6 +89,13 @@ def test_only_some_rooms_know_the_kernels_or_hugging_face(modules, allowed):
 def test_kernels_folder_is_not_a_package():
     """A kernels/__init__.py would shadow Hugging Face's `kernels` whenever the repo root is on sys.path."""
     assert not any((ROOT / folder / "__init__.py").exists() for folder in ("kernels", "tests", "benchmarks"))
+
+
+def test_no_module_shadows_a_public_function():
+    """Importing a submodule binds its name in the package, over a function of that name."""
+    import fastsae_kernels
+
+    assert not {path.stem for path in PACKAGES["fastsae_kernels"].glob("*.py")} & set(fastsae_kernels.__all__)
 
 
 def test_no_module_is_called_utils():

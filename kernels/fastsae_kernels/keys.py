@@ -13,7 +13,6 @@ import triton
 import triton.language as tl
 
 NAN_KEY = tl.constexpr(0x7FFFFFFF)
-LAST_COLUMN = tl.constexpr(0x7FFFFFFF)
 
 
 @triton.jit
@@ -32,7 +31,7 @@ def key_value(keys):
 @triton.jit
 def pack_rank(keys, columns):
     """Ranks of non-negative ``keys`` at ``columns``, both int32."""
-    return (keys.to(tl.int64) << 32) | (LAST_COLUMN - columns).to(tl.int64)
+    return (keys.to(tl.int64) << 32) | (columns ^ 0x7FFFFFFF).to(tl.int64)
 
 
 @triton.jit
@@ -44,7 +43,7 @@ def rank_key(ranks):
 @triton.jit
 def rank_column(ranks):
     """The columns inside ``ranks``."""
-    return LAST_COLUMN - (ranks & 0x7FFFFFFF).to(tl.int32)
+    return (ranks & 0x7FFFFFFF).to(tl.int32) ^ 0x7FFFFFFF
 
 
 @triton.jit
@@ -54,18 +53,9 @@ def kth_largest(keys, lo, hi, K: tl.constexpr):
     Needs ``0 <= lo``, ``max(keys) <= hi``. Stops early once exactly K keys reach the middle, then takes the least of them.
     """
     while lo < hi:
-        mid = lo + (hi - lo + 1) // 2
+        mid = hi - (hi - lo) // 2
         count = tl.sum((keys >= mid).to(tl.int32), axis=0)
         hi = tl.where(count < K, mid - 1, tl.where(count == K, mid, hi))
         lo = tl.where(count < K, lo, mid)
     least = tl.min(tl.where(keys >= lo, keys, NAN_KEY), axis=0)
     return tl.where(tl.sum((keys >= lo).to(tl.int32), axis=0) < K, lo, least)
-
-
-@triton.jit
-def merge_ranks(best, ranks):
-    """The largest P of ``best`` [P] (descending) and ``ranks`` [P] (any order), descending.
-
-    A descending sequence against an ascending one: the elementwise maximum is the upper half of the union.
-    """
-    return tl.sort(tl.maximum(best, tl.sort(ranks)), descending=True)

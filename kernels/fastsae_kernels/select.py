@@ -27,7 +27,7 @@ from torch import Tensor
 
 from . import configs
 from .groupmax import groupmax_select
-from .keys import kth_largest, merge_ranks, pack_rank, rank_column, rank_key, relu_key
+from .keys import kth_largest, pack_rank, rank_column, rank_key, relu_key
 
 
 @triton.jit
@@ -37,60 +37,96 @@ def group_column(group, member, STRIDE, GROUP):
 
 
 @triton.jit
-def find_candidates(first, bound, FLOOR: tl.constexpr, K: tl.constexpr, WINDOW: tl.constexpr):
-    """Which groups are single, which are hidden, and each one's place among its kind; all [P]."""
+def row_threshold(first, FLOOR: tl.constexpr, K: tl.constexpr, WINDOW: tl.constexpr):
+    """The K-th largest of ``first`` [P], at least FLOOR."""
     P: tl.constexpr = first.shape[0]
     lo = tl.full((), 0, tl.int32)
     if P >= WINDOW:  # WINDOW >= K parts: the least of their maxima is reached by at least K groups
         lo = tl.min(tl.max(tl.reshape(first, (WINDOW, P // WINDOW)), axis=1), axis=0)
-    threshold = tl.maximum(kth_largest(first, lo, tl.max(first, axis=0), K), FLOOR)
-    hidden = bound >= threshold
-    single = (first >= threshold) & (bound < threshold)
-    places = tl.cumsum((hidden.to(tl.int32) << 16) | single.to(tl.int32), axis=0)  # two counts in one scan
-    return single, (places & 0xFFFF) - 1, hidden, ((places >> 16) & 0xFFFF) - 1
+    return tl.maximum(kth_largest(first, lo, tl.max(first, axis=0), K), FLOOR)
 
 
 @triton.jit
-def window_columns(
-    begin, single, single_place, hidden, hidden_place, columns, groups, list_ptr, L,
-    STRIDE, GROUP, WINDOW: tl.constexpr,
-):  # fmt: skip
-    """Columns of the candidates number ``begin + [0, WINDOW)`` and whether they exist: singles, then hidden members.
+def count_candidates(first, bound, threshold):
+    """How many groups are single, and how many hidden."""
+    hidden = bound >= threshold
+    return tl.sum(((first >= threshold) & (bound < threshold)).to(tl.int32), axis=0), tl.sum(hidden.to(tl.int32), axis=0)
 
-    ``list_ptr`` [2, WINDOW] carries the compacted columns and groups from the threads that own them to all.
+
+@triton.jit
+def publish(
+    begin, first, bound, columns, groups, threshold, singles_before, hidden_before, num_singles, list_ptr,
+    GROUP, WINDOW: tl.constexpr,
+):  # fmt: skip
+    """Put those of some groups that window ``begin + [0, WINDOW)`` needs on ``list_ptr`` int64 [2, WINDOW].
+
+    First the columns of singles, then the numbers of hidden groups. ``*_before`` count earlier groups' candidates.
     """
-    num_singles = tl.sum(single.to(tl.int32), axis=0)
-    num_members = tl.sum(hidden.to(tl.int32), axis=0) * GROUP
-    first_hidden = tl.maximum(begin - num_singles, 0) // GROUP
-    single_at = single_place - begin
-    hidden_at = hidden_place - first_hidden
-    tl.debug_barrier()  # the list's last readers are done
-    tl.store(list_ptr + single_at, columns, mask=single & (single_at >= 0) & (single_at < WINDOW))
-    tl.store(list_ptr + WINDOW + hidden_at, groups, mask=hidden & (hidden_at >= 0) & (hidden_at < WINDOW))
-    tl.debug_barrier()
+    hidden = bound >= threshold
+    single = (first >= threshold) & (bound < threshold)
+    places = tl.cumsum((hidden.to(tl.int32) << 16) | single.to(tl.int32), axis=0)  # two counts in one scan
+    hidden_at = ((places >> 16) & 0xFFFF) + hidden_before - 1 - tl.maximum(begin - num_singles, 0) // GROUP
+    single_at = (places & 0xFFFF) + singles_before - 1 - begin
+    at = tl.where(hidden, hidden_at, single_at)
+    inside = (hidden | single) & (at >= 0) & (at < WINDOW)
+    tl.store(list_ptr + tl.where(hidden, at + WINDOW, at), tl.where(hidden, groups, columns).to(tl.int64), mask=inside)
+
+
+@triton.jit
+def window_columns(begin, num_singles, num_hidden, list_ptr, L, STRIDE, GROUP, WINDOW: tl.constexpr):
+    """Columns of the candidates number ``begin + [0, WINDOW)`` and whether they exist: singles, then hidden members."""
     offs = tl.arange(0, WINDOW)
     is_single = begin + offs < num_singles
     member = tl.maximum(begin + offs - num_singles, 0)
-    is_member = (begin + offs >= num_singles) & (member < num_members)
-    group = tl.load(list_ptr + WINDOW + member // GROUP - first_hidden, mask=is_member, other=0)
-    column = tl.load(list_ptr + offs, mask=is_single, other=0)
-    column = tl.where(is_single, column, group_column(group, member % GROUP, STRIDE, GROUP))
+    is_member = (begin + offs >= num_singles) & (member < num_hidden * GROUP)
+    group_at = member // GROUP - tl.maximum(begin - num_singles, 0) // GROUP
+    entry = tl.load(list_ptr + tl.where(is_member, group_at + WINDOW, offs), mask=is_single | is_member, other=0)
+    entry = entry.to(tl.int32)
+    column = tl.where(is_single, entry, group_column(entry, member % GROUP, STRIDE, GROUP))
     return column, (is_single | is_member) & (column < L)
 
 
 @triton.jit
-def keep_best(best, ranks, begin, K: tl.constexpr, WINDOW: tl.constexpr):
-    """The WINDOW largest of both, descending; sorts only when ``ranks`` hold something better than the K-th best."""
-    if begin == 0:
-        best = tl.sort(ranks, descending=True)
-    elif tl.max(ranks, axis=0) > kth_best(best, K, WINDOW):
-        best = merge_ranks(best, ranks)
+def _count_larger(ranks, others_ptr, end, WINDOW: tl.constexpr):
+    """For each of ``ranks`` [WINDOW], how many of the ``end`` ranks at ``others_ptr`` are larger."""
+    offs = tl.arange(0, 16)
+    count = tl.zeros((WINDOW,), tl.int32)
+    i = tl.full((), 0, tl.int32)
+    while i < end:
+        others = tl.load(others_ptr + i + offs)
+        count += tl.sum((others[None, :] > ranks[:, None]).to(tl.int32), axis=1)
+        i += 16
+    return count
+
+
+@triton.jit
+def keep_best(best, ranks, begin, list_ptr, K: tl.constexpr, WINDOW: tl.constexpr):
+    """The WINDOW largest of ``best`` (descending) and ``ranks`` (any order, none of them in ``best``), descending.
+
+    Every rank goes to the place that counting the larger ones gives it: for the few there are, this needs far
+    fewer barriers than a sorting network. ``list_ptr`` int64 [2, WINDOW] is scratch. Does nothing where no rank is
+    better than the K-th best.
+    """
+    if (begin == 0) | (tl.max(ranks, axis=0) > kth_best(best, K, WINDOW)):
+        slots = tl.arange(0, WINDOW)
+        tl.debug_barrier()
+        tl.store(list_ptr + slots, ranks)
+        tl.store(list_ptr + WINDOW + slots, best)
+        tl.debug_barrier()
+        place = _count_larger(ranks, list_ptr, tl.where(begin == 0, WINDOW, 2 * WINDOW), WINDOW)
+        best_place = slots + _count_larger(best, list_ptr, tl.where(begin == 0, 0, WINDOW), WINDOW)
+        num_ranks = tl.sum((ranks > 0).to(tl.int32), axis=0) + tl.sum((best > 0).to(tl.int32), axis=0)
+        tl.debug_barrier()
+        tl.store(list_ptr + place, ranks, mask=(ranks > 0) & (place < WINDOW))
+        tl.store(list_ptr + best_place, best, mask=(best > 0) & (best_place < WINDOW))
+        tl.debug_barrier()
+        best = tl.load(list_ptr + slots, mask=slots < num_ranks, other=0)
     return best
 
 
 @triton.jit
 def kth_best(best, K: tl.constexpr, WINDOW: tl.constexpr):
-    """The K-th of descending ranks."""
+    """The K-th of descending ranks, 0 if there are fewer."""
     return tl.max(tl.where(tl.arange(0, WINDOW) == K - 1, best, 0), axis=0)
 
 
@@ -147,18 +183,21 @@ def _select_kernel(
         second = tl.maximum(second, tl.minimum(first, keys))
         member = tl.where(keys > first, i, member)
         first = tl.maximum(first, keys)
-    single, single_place, hidden, hidden_place = find_candidates(first, second, 1, K, WINDOW)
-    total = tl.sum(single.to(tl.int32), axis=0) + tl.sum(hidden.to(tl.int32), axis=0) * GROUP
+    threshold = row_threshold(first, 1, K, WINDOW)
+    num_singles, num_hidden = count_candidates(first, second, threshold)
+    list_ptr += row * (2 * WINDOW)
     best = tl.zeros((WINDOW,), tl.int64)
     begin = tl.full((), 0, tl.int32)
-    while begin < total:
-        columns, exists = window_columns(
-            begin, single, single_place, hidden, hidden_place, groups + member * LANES, groups,
-            list_ptr + row * (2 * WINDOW), L, LANES, GROUP, WINDOW,
-        )  # fmt: skip
+    while begin < num_singles + num_hidden * GROUP:
+        tl.debug_barrier()  # the list's last readers are done
+        publish(
+            begin, first, second, groups + member * LANES, groups, threshold, 0, 0, num_singles, list_ptr, GROUP, WINDOW
+        )
+        tl.debug_barrier()
+        columns, exists = window_columns(begin, num_singles, num_hidden, list_ptr, L, LANES, GROUP, WINDOW)
         keys = _stored_keys(scores_ptr, bias_ptr, mask_ptr, columns, exists, HAS_BIAS, HAS_MASK)
         ranks = tl.where(exists & (keys > 0), pack_rank(keys, columns), 0)
-        best = keep_best(best, ranks, begin, K, WINDOW)
+        best = keep_best(best, ranks, begin, list_ptr, K, WINDOW)
         begin += WINDOW
     write_row(best, acts_ptr + row * K, indices_ptr + row * K, K, WINDOW)
 
@@ -197,11 +236,21 @@ def select_scores(
         groupmax_select(scores, bias, latent_mask, k, acts, indices)
         return
     config = configs.select_config(L, k, scores.dtype, scores.device)
-    window = configs.window(k, 16)
-    compacted = torch.empty((N, 2, window), dtype=torch.int32, device=scores.device)
+    constexprs = select_constexprs(k, config, has_bias=bias is not None, has_mask=latent_mask is not None)
+    lists = torch.empty((N, 2, constexprs["WINDOW"]), dtype=torch.int64, device=scores.device)
     _select_kernel[(N,)](
-        scores, bias, latent_mask, compacted, acts, indices,
+        scores, bias, latent_mask, lists, acts, indices,
         L, triton.cdiv(L, config.LANES),
-        K=k, WINDOW=window, LANES=config.LANES, HAS_BIAS=bias is not None, HAS_MASK=latent_mask is not None,
-        num_warps=config.num_warps,
+        **constexprs, num_warps=config.num_warps,
     )  # fmt: skip
+
+
+def select_constexprs(k: int, config: configs.SelectConfig, *, has_bias: bool, has_mask: bool) -> dict:
+    """What `_select_kernel` is compiled for."""
+    return {
+        "K": k,
+        "WINDOW": configs.window(k, 16),
+        "LANES": config.LANES,
+        "HAS_BIAS": has_bias,
+        "HAS_MASK": has_mask,
+    }

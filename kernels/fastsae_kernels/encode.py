@@ -1,29 +1,18 @@
 # pyright: basic
 """``TopK(ReLU(x weightᵀ + bias))`` without [N, L] in memory, and the same through the vendor's matrix product.
 
-Shapes: N tokens, D width, L latents, K active latents; P groups of GROUP latents each.
+Shapes: N tokens, D width, L latents, K active latents; groups of GROUP latents each (`select.group_column`).
 
 Fused. `_encode_kernel` computes a tile of scores, packs each into a key whose low bits are replaced by the member's
-number inside its strided group, and keeps per (token, group) the two largest packed keys. Written are two words:
-the full bits of the group's maximum, and ``(second packed key with its low bits cut) ‖ (member of the first)``.
-`_resolve_kernel`, one program per token, then picks the top K by the lemma in `select.py`.
-
-Why it is exact. Let a row's group hold keys k1 >= k2 >= ... and let T cut the low bits, which keeps order. The
-words hold k1 in full and T(q2) for the second packed key q2, where T(q2) = T(k2). So ``bound = min(k1, T(k2) | low
-bits) >= k2`` bounds every other member, which is all that `select.py` asks. If T(k1) > T(k2), the first packed key
-is the true maximum's and its member is right; if T(k1) = T(k2), cut keys tie and the stored member may be another
-one's, but then bound = k1, so that a group whose maximum can matter (k1 >= t) is hidden and its members are looked at
-one by one. Cutting therefore never decides anything. (Keys below GROUP, activations under 2^-144, count as 0: their
-cut key is 0.)
-
-Values and the order of summation. In a row without hidden groups the activations are the tile's float32
-accumulators, bit for bit: the result is what a float32 sort of them gives. In a row with hidden groups every
-candidate's score is computed anew in one order (`_dot_rows`: partial sums over BLOCK_D interleaved columns, then a
-tree), and selection and values follow these, so that equal rows of ``weight`` always tie. The two orders differ by
-float32 rounding of the sum, never by a rounding of the key.
+number inside its strided group, and keeps per (token, group) the two largest packed keys, as two words: the full
+bits of the group's maximum, and ``(second packed key with its low bits cut) ‖ (member of the first)``. The stride is
+the one at which a thread of the matrix unit owns all members, so that the reduction crosses no lanes.
+`resolve.py` picks the exact top K from these words and re-scores what a group may hide.
 
 Chunked. The vendor's product of a block of rows into reused scratch (float32 scores where the vendor can write
 them, so that ranking loses nothing to a 16-bit rounding), then `select.select_scores`, which adds the bias.
+
+Neither's memory grows with N: both work in blocks of rows with at most ``configs.CHUNK_BYTES`` of scratch.
 """
 
 from __future__ import annotations
@@ -36,10 +25,9 @@ from torch import Tensor
 from . import configs
 from .gemm_tile import tile_scores
 from .groupmax import groupmax_encode
-from .keys import pack_rank, relu_key
-from .select import find_candidates, group_column, keep_best, kth_best, select_scores, window_columns, write_row
-
-_BIG = tl.constexpr(0x7FFFFFFF)
+from .keys import relu_key
+from .resolve import resolve
+from .select import select_scores
 
 
 @triton.jit(do_not_specialize=["N"])
@@ -90,64 +78,6 @@ def _two_largest(keys, GROUP: tl.constexpr):
     return tl.max(keys, axis=2), (runner_up & -GROUP) | (GROUP - 1 - (top & (GROUP - 1)))
 
 
-@triton.jit
-def _dot_rows(x_ptr, weight_ptr, columns, exists, D, WINDOW: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Dot products of one token with the rows ``columns`` of the weight, float32 [WINDOW]."""
-    acc = tl.zeros((WINDOW, BLOCK_D), dtype=tl.float32)
-    rows = columns.to(tl.int64)[:, None] * D
-    for d in range(0, D, BLOCK_D):
-        offs_d = d + tl.arange(0, BLOCK_D)
-        x = tl.load(x_ptr + offs_d, mask=offs_d < D, other=0.0).to(tl.float32)
-        mask = exists[:, None] & (offs_d < D)[None, :]
-        weight = tl.load(weight_ptr + rows + offs_d[None, :], mask=mask, other=0.0).to(tl.float32)
-        acc += weight * x[None, :]
-    return tl.sum(acc, axis=1)
-
-
-@triton.jit
-def _resolve_kernel(
-    x_ptr, weight_ptr, bias_ptr, mask_ptr, maxima_ptr, list_ptr, acts_ptr, indices_ptr,
-    D, L, num_groups,
-    K: tl.constexpr, P: tl.constexpr, WINDOW: tl.constexpr, BLOCK_D: tl.constexpr,
-    GROUP: tl.constexpr, STRIDE: tl.constexpr, HAS_MASK: tl.constexpr,
-):  # fmt: skip
-    """One program per token: the top K of a row of group maxima, re-scoring where a group hides members."""
-    row = tl.program_id(0).to(tl.int64)
-    maxima_ptr += row * (2 * num_groups)
-    groups = tl.arange(0, P)
-    first = tl.load(maxima_ptr + groups, mask=groups < num_groups, other=0)
-    second = tl.load(maxima_ptr + num_groups + groups, mask=groups < num_groups, other=0)
-    bound = tl.minimum(first, second | (GROUP - 1))
-    columns = group_column(groups, second & (GROUP - 1), STRIDE, GROUP)
-    single, single_place, hidden, hidden_place = find_candidates(first, bound, GROUP, K, WINDOW)
-    num_singles = tl.sum(single.to(tl.int32), axis=0)
-    total = num_singles + tl.sum(hidden.to(tl.int32), axis=0) * GROUP
-    largest_bound = tl.max(bound, axis=0)
-    best = tl.zeros((WINDOW,), tl.int64)
-    begin = tl.full((), 0, tl.int32)
-    while begin < total:
-        cols, exists = window_columns(
-            begin, single, single_place, hidden, hidden_place, columns, groups,
-            list_ptr + row * (2 * WINDOW), L, STRIDE, GROUP, WINDOW,
-        )  # fmt: skip
-        if total > num_singles:
-            scores = _dot_rows(x_ptr + row * D, weight_ptr, cols, exists, D, WINDOW, BLOCK_D)
-            keys = relu_key(scores + tl.load(bias_ptr + cols, mask=exists, other=0.0))
-            if HAS_MASK:
-                keys = tl.where(tl.load(mask_ptr + cols, mask=exists, other=0) != 0, keys, 0)
-        else:
-            group = cols // (STRIDE * GROUP) * STRIDE + cols % STRIDE
-            keys = tl.load(maxima_ptr + group, mask=exists, other=0)
-        best = keep_best(best, tl.where(exists & (keys >= GROUP), pack_rank(keys, cols), 0), begin, K, WINDOW)
-        begin += WINDOW
-        if begin >= num_singles:  # hidden groups come by ascending column: a flood of ties or NaN ends here
-            left = hidden & ((hidden_place + 1) * GROUP > begin - num_singles)
-            next_column = tl.min(tl.where(left, groups // STRIDE * (STRIDE * GROUP), _BIG), axis=0)
-            if kth_best(best, K, WINDOW) > pack_rank(largest_bound, next_column):
-                begin = total
-    write_row(best, acts_ptr + row * K, indices_ptr + row * K, K, WINDOW)
-
-
 def encode(
     x: Tensor,  # [N, D], b_dec already subtracted
     weight: Tensor,  # [L, D]
@@ -187,7 +117,7 @@ def _encode_fused(x, weight, bias, latent_mask, k, acts, indices) -> None:
     N, D = x.shape
     L = weight.shape[0]
     config = configs.encode_config(D, L, k, x.dtype, x.device)
-    num_groups = triton.cdiv(L, config.BLOCK_L) * (config.BLOCK_L // config.GROUP)
+    num_groups = config.num_groups(L)
     rows = chunk_rows(N, 2 * 4 * num_groups, config.BLOCK_N * config.SWIZZLE_N)
     maxima = torch.empty((rows, 2, num_groups), dtype=torch.int32, device=x.device)
     for begin in range(0, N, rows):
@@ -215,37 +145,26 @@ def group_maxima(
     _encode_kernel[(triton.cdiv(N, config.BLOCK_N) * triton.cdiv(L, config.BLOCK_L),)](
         x, weight, bias, latent_mask, maxima,
         N, D, L,
-        BLOCK_N=config.BLOCK_N, BLOCK_L=config.BLOCK_L, BLOCK_D=config.BLOCK_D,
-        GROUP=config.GROUP, STRIDE=config.STRIDE, SWIZZLE_N=config.SWIZZLE_N,
-        EVEN_D=D % config.BLOCK_D == 0, EVEN_L=L % config.BLOCK_L == 0, HAS_MASK=latent_mask is not None,
-        PRECISION=configs.dot_precision(x.dtype), UPCAST=configs.interpreting(),
+        **maxima_constexprs(D, L, x.dtype, config, has_mask=latent_mask is not None),
         num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
 
 
-def resolve(
-    x: Tensor,  # [N, D]
-    weight: Tensor,  # [L, D], dtype of x
-    bias: Tensor,  # [L] float32
-    latent_mask: Tensor | None,  # bool [L]
-    maxima: Tensor,  # [>= N, 2, P] int32
-    k: int,
-    config: configs.EncodeConfig,
-    acts: Tensor,  # [N, K] float32, written
-    indices: Tensor,  # [N, K] int64, written
-) -> None:
-    """The top k of every token from :func:`group_maxima`'s words."""
-    N, D = x.shape
-    num_groups = maxima.shape[2]
-    rows = configs.resolve_config(num_groups, k, config.GROUP, configs.gpu_family(x.device))
-    compacted = torch.empty((N, 2, rows.WINDOW), dtype=torch.int32, device=x.device)
-    _resolve_kernel[(N,)](
-        x, weight, bias, latent_mask, maxima, compacted, acts, indices,
-        D, weight.shape[0], num_groups,
-        K=k, P=triton.next_power_of_2(num_groups), WINDOW=rows.WINDOW, BLOCK_D=rows.BLOCK_D,
-        GROUP=config.GROUP, STRIDE=config.STRIDE, HAS_MASK=latent_mask is not None,
-        num_warps=rows.num_warps,
-    )  # fmt: skip
+def maxima_constexprs(D: int, L: int, dtype: torch.dtype, config: configs.EncodeConfig, *, has_mask: bool) -> dict:
+    """What `_encode_kernel` is compiled for."""
+    return {
+        "BLOCK_N": config.BLOCK_N,
+        "BLOCK_L": config.BLOCK_L,
+        "BLOCK_D": config.BLOCK_D,
+        "GROUP": config.GROUP,
+        "STRIDE": config.STRIDE,
+        "SWIZZLE_N": config.SWIZZLE_N,
+        "EVEN_D": D % config.BLOCK_D == 0,
+        "EVEN_L": L % config.BLOCK_L == 0,
+        "HAS_MASK": has_mask,
+        "PRECISION": configs.dot_precision(dtype),
+        "UPCAST": configs.interpreting(),
+    }
 
 
 def _encode_chunked(x, weight, bias, latent_mask, k, activation, acts, indices) -> None:

@@ -1,0 +1,91 @@
+"""The kernels with the configs that ship, as cases for :mod:`aot`: what to compile for each target.
+
+A kernel joins by a function ``target -> list[Case]`` in ``KERNELS``; sizes come from ``configs.py``, so that what is
+compiled here is what runs. Shapes S1 and S2 are those of the benchmark.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+
+import torch
+import triton
+from aot import Case
+from fastsae_kernels import configs
+from fastsae_kernels import groupmax as groupmax_module
+
+select_module = importlib.import_module("fastsae_kernels.select")
+encode_module = importlib.import_module("fastsae_kernels.encode")
+resolve_module = importlib.import_module("fastsae_kernels.resolve")
+
+NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+S1 = {"D": 768, "L": 24576, "k": 32}
+S2 = {"D": 4096, "L": 131072, "k": 64}
+
+
+def encode_cases(target: str) -> list[Case]:
+    """The fused product with group maxima."""
+
+    def case(name: str, shape: dict[str, int], dtype: torch.dtype) -> Case:
+        D, L = shape["D"], shape["L"]
+        config = configs.default_encode(D, L, dtype, target)
+        x = f"*{NAMES[dtype]}"
+        return Case(
+            name=f"encode {name} {NAMES[dtype]}",
+            kernel=encode_module._encode_kernel,
+            types={"x_ptr": x, "weight_ptr": x, "bias_ptr": "*fp32", "maxima_ptr": "*i32"}
+            | {"N": "i32", "D": "i32", "L": "i32"},
+            constexprs={"mask_ptr": None} | encode_module.maxima_constexprs(D, L, dtype, config, has_mask=False),
+            options={"num_warps": config.num_warps, "num_stages": config.num_stages},
+            unaligned=frozenset({"N"}),
+        )
+
+    return [case("S2", S2, torch.bfloat16), case("S1", S1, torch.float32)]
+
+
+def resolve_cases(target: str) -> list[Case]:
+    """The top k from group maxima."""
+
+    def case(name: str, shape: dict[str, int], dtype: torch.dtype) -> Case:
+        D, L, k = shape["D"], shape["L"], shape["k"]
+        config = configs.default_encode(D, L, dtype, target)
+        rows = configs.resolve_config(config.num_groups(L), k, config.GROUP, target)
+        x = f"*{NAMES[dtype]}"
+        return Case(
+            name=f"resolve {name} {NAMES[dtype]}",
+            kernel=resolve_module._resolve_kernel,
+            types={"x_ptr": x, "weight_ptr": x, "bias_ptr": "*fp32", "maxima_ptr": "*i32", "list_ptr": "*i64"}
+            | {"acts_ptr": "*fp32", "indices_ptr": "*i64", "D": "i32", "L": "i32", "num_groups": "i32"},
+            constexprs={"mask_ptr": None} | resolve_module.resolve_constexprs(L, k, config, rows, has_mask=False),
+            options={"num_warps": rows.num_warps},
+        )
+
+    return [case("S1", S1, torch.bfloat16), case("S2", S2, torch.bfloat16)]
+
+
+def select_cases(target: str) -> list[Case]:
+    """The top k from stored float32 scores."""
+
+    def case(name: str, shape: dict[str, int]) -> Case:
+        config = configs.default_select(shape["L"], shape["k"], target)
+        return Case(
+            name=f"select {name} fp32",
+            kernel=select_module._select_kernel,
+            types={"scores_ptr": "*fp32", "bias_ptr": "*fp32", "list_ptr": "*i64", "acts_ptr": "*fp32"}
+            | {"indices_ptr": "*i64", "L": "i32", "GROUP": "i32"},
+            constexprs={"mask_ptr": None}
+            | select_module.select_constexprs(shape["k"], config, has_bias=True, has_mask=False),
+            options={"num_warps": config.num_warps},
+            unaligned=frozenset({"GROUP"}),
+        )
+
+    return [case("S1", S1), case("S2", S2)]
+
+
+KERNELS: tuple[Callable[[str], list[Case]], ...] = (encode_cases, resolve_cases, select_cases)
+
+
+def cases(target: str) -> list[Case]:
+    """Everything to compile for ``target``."""
+    return [case for kernel in KERNELS for case in kernel(target)]
