@@ -1,5 +1,5 @@
 # An index of one-liners. `make` lists them.
-.PHONY: help install test lint types bench gpu demo-model
+.PHONY: help install test lint types bench gpu demo-model ci
 
 help:         ## this list
 	@grep -E '^[a-z-]+: .*##' Makefile | sed 's/: *##/\t/' | expand -t 14
@@ -24,3 +24,6 @@ gpu:          ## tests compiled, then the benchmark: make gpu OUT=folder [BENCH=
 
 demo-model:   ## train the embedded model anew
 	python -m fastsae.demo.build
+
+ci:           ## what CI runs, from fresh virtual environments
+	.ci/run
