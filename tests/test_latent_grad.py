@@ -21,7 +21,7 @@ SHAPES = [  # N, D, L, K
     (1, 7, 12, 5),
     (7, 123, 3, 2),
     (3, 255, 11, 11),
-    (5, 507, 37, 9),
+    (5, 507, 13, 9),
     (33, 16, 20, 1),
 ]
 
@@ -133,10 +133,10 @@ def test_all_tokens_on_one_latent(device):
     assert_grads(backward(step), step)
 
 
-@pytest.mark.parametrize("split", [1, 7, 16])
+@pytest.mark.parametrize("split", [1, 4, 9])
 def test_zipf_splits_hot_latents(split, monkeypatch, device):
     monkeypatch.setattr(importlib.import_module("fastsae_kernels.by_latent"), "SPLIT", split)
-    step = make_step((60, 33, 25, 3), device, top_indices=zipf(60, 3, 25))
+    step = make_step((40, 33, 25, 3), device, top_indices=zipf(40, 3, 25))
     index = by_latent(step.top_indices, step.top_acts, 25)
     assert index.chunk_offsets.diff().max() > 1
     assert index.chunk_latents[-1] == 25  # the bound on the grid is not reached: some programs have nothing to do
@@ -156,11 +156,11 @@ def test_rows_wider_than_the_registers(D, BLOCK_D, monkeypatch, device):
         narrow = configs.LatentGradConfig(BLOCK_P=4, BLOCK_D=BLOCK_D, num_warps=1)
         module = importlib.import_module("fastsae_kernels.latent_grad")
         monkeypatch.setattr(module, "latent_grad_config", lambda D: narrow)
-    step = make_step((5, D, 6, 3), device)
+    step = make_step((3, D, 4, 3), device)
     assert_grads(backward(step), step)
     d_acts, dW_dec = decode_backward(step.grad, step.top_acts, step.top_indices, step.W_dec)
-    # other pairs share an iteration where zero activations are in the index: another order of summing 15 of them
-    torch.testing.assert_close(dW_dec, backward(step).dW_dec, rtol=0, atol=15 * 2.0**-24 * float(dW_dec.abs().max()))
+    # other pairs share an iteration where zero activations are in the index: another order of summing 9 of them
+    torch.testing.assert_close(dW_dec, backward(step).dW_dec, rtol=0, atol=9 * 2.0**-24 * float(dW_dec.abs().max()))
     assert torch.equal(d_acts.masked_fill(step.top_acts == 0, 0.0), backward(step).d_acts)
 
 
@@ -184,7 +184,7 @@ def test_multi_k_takes_two_gradients(wide, monkeypatch, device):
 
 @pytest.mark.parametrize("D", [20, 8193])
 def test_grad_scale_multiplies_the_gradient(D, device):
-    step = make_step((4, D, 5, 2), device)
+    step = make_step((3, D, 4, 2), device)
     scaled = backward(step, grad_scale=torch.tensor(0.25, device=device))
     assert_equal_bitwise(scaled, Grads(*(0.25 * t for t in backward(step))))  # a power of two is exact
 

@@ -87,7 +87,7 @@ def sparse_decode(
     """Twin of :func:`fastsae_kernels.sparse_decode`: ``Σ_j top_acts[:, j] W_dec[top_indices[:, j]] + b_dec``."""
     acc = accumulator_dtype(W_dec.dtype)
     dense = torch.zeros(len(top_acts), len(W_dec), dtype=acc, device=W_dec.device)
-    out = dense.scatter_add(1, top_indices, top_acts.to(acc)) @ W_dec.to(acc)
+    out = dense.scatter_add(1, top_indices.long(), top_acts.to(acc)) @ W_dec.to(acc)
     if b_dec is not None:
         out = out + b_dec.to(acc)
     return out.to(W_dec.dtype)
