@@ -1,6 +1,7 @@
-"""The decoder's and the backward's cases for :mod:`aot`: every width that common models have.
+"""The decoder's and the backward's cases for :mod:`aot`.
 
-The backward comes as the training step launches it (both sides), and as autograd does, one side at a time.
+On sm_90 every width that common models have, elsewhere one width for each config. The backward comes as the training
+step launches it (both sides), and as autograd does, one side at a time.
 """
 
 from __future__ import annotations
@@ -10,6 +11,13 @@ from fastsae_kernels import act_grad, configs, decode, latent_grad
 
 WIDTHS = {768: 24576, 1024: 32768, 2048: 65536, 2304: 65536, 4096: 131072, 8192: 131072, 14336: 65536}  # D: L
 K = 64
+DECODED = (768, 2304, 4096)  # whole slabs of 256, a remainder, slabs of 128
+HELD = (768, 2048, 4096, 8192, 14336)  # one for each size of row in registers, and slabs
+
+
+def widths(target: str, representative: tuple[int, ...]) -> tuple[int, ...]:
+    """All of them for sm_90, else those that stand for a config."""
+    return tuple(WIDTHS) if target == "sm_90" else representative
 
 
 def decode_cases(target: str) -> list[Case]:
@@ -30,9 +38,11 @@ def decode_cases(target: str) -> list[Case]:
             unaligned=frozenset({"N"}),
         )
 
-    return [case(D, "bf16", residual=residual) for D in WIDTHS for residual in (False, True)] + [
-        case(D, "fp32", residual=False) for D in (768, 4096)
-    ]
+    return (
+        [case(D, "bf16", residual=True) for D in widths(target, DECODED)]
+        + [case(D, "bf16", residual=False) for D in widths(target, DECODED)]
+        + [case(D, "fp32", residual=False) for D in (768, 4096)]
+    )
 
 
 def act_grad_cases(target: str) -> list[Case]:
@@ -84,7 +94,7 @@ def latent_grad_cases(target: str) -> list[Case]:
         )
 
     return (
-        [case("coder", D, "bf16") for D in WIDTHS]
+        [case("coder", D, "bf16") for D in widths(target, HELD)]
         + [case("coder", D, "fp32") for D in (768, 4096, 8192)]
         + [case(side, D, "bf16") for side in ("decoder", "encoder") for D in (768, 4096)]
         + [case("coder", 4096, "bf16", chunks=True)]
