@@ -275,3 +275,22 @@ def test_unknown_implementation():
     inputs = make_inputs(N, D, L)
     with pytest.raises(ValueError, match="expected one of .*'triton', 'cpu', 'reference'.*, got 'cuda'"):
         topk_encode(inputs.x, inputs.weight, inputs.bias, K, implementation="cuda")
+
+
+@pytest.mark.parametrize("primitive", ["encode", "decode", "select", "encode_backward", "decode_backward", "act_grad"])
+def test_kernels_launch_where_their_tensors_are(primitive, monkeypatch, device):
+    inputs = make_inputs(2, 4, 6, device=device)
+    acts, indices = torch.ones(2, 3, device=device), torch.ones(2, 3, dtype=torch.int64, device=device)
+    arguments = {
+        "encode": (inputs.x, inputs.weight, inputs.bias, 3, "topk", None),
+        "decode": (acts, indices, inputs.W_dec, None),
+        "select": (inputs.weight.relu(), 2, "topk"),
+        "encode_backward": (acts, indices, inputs.x, 6),
+        "decode_backward": (inputs.x, acts, indices, inputs.W_dec),
+        "act_grad": (inputs.x, indices, inputs.W_dec),
+    }[primitive]
+    made_current = []
+    device_of = torch.cuda.device_of
+    monkeypatch.setattr(torch.cuda, "device_of", lambda tensor: made_current.append(tensor) or device_of(tensor))
+    getattr(autograd.backend("triton"), primitive)(*arguments)
+    assert made_current == [arguments[0]]
