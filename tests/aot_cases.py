@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
-import triton
 from aot import Case
-from fastsae_kernels import configs
-from fastsae_kernels import groupmax as groupmax_module
+from aot_sparse_cases import act_grad_cases, decode_cases, latent_grad_cases
+from fastsae_kernels import configs, groupmax
 
 select_module = importlib.import_module("fastsae_kernels.select")
 encode_module = importlib.import_module("fastsae_kernels.encode")
@@ -27,21 +27,28 @@ S2 = {"D": 4096, "L": 131072, "k": 64}
 def encode_cases(target: str) -> list[Case]:
     """The fused product with group maxima."""
 
-    def case(name: str, shape: dict[str, int], dtype: torch.dtype) -> Case:
+    def case(name: str, shape: dict[str, int], dtype: torch.dtype, **changes: bool) -> Case:
         D, L = shape["D"], shape["L"]
-        config = configs.default_encode(D, L, dtype, target)
-        x = f"*{NAMES[dtype]}"
+        config = replace(configs.default_encode(D, L, dtype, target), **changes)
+        x = weight = f"*{NAMES[dtype]}"
+        if config.descriptors:
+            x = f"tensordesc<{NAMES[dtype]}[{config.BLOCK_N}, {config.BLOCK_D}]>"
+            weight = f"tensordesc<{NAMES[dtype]}[{config.BLOCK_L}, {config.BLOCK_D}]>"
         return Case(
             name=f"encode {name} {NAMES[dtype]}",
             kernel=encode_module._encode_kernel,
-            types={"x_ptr": x, "weight_ptr": x, "bias_ptr": "*fp32", "maxima_ptr": "*i32"}
+            types={"x_ptr": x, "weight_ptr": weight, "bias_ptr": "*fp32", "maxima_ptr": "*i32"}
             | {"N": "i32", "D": "i32", "L": "i32"},
-            constexprs={"mask_ptr": None} | encode_module.maxima_constexprs(D, L, dtype, config, has_mask=False),
+            constexprs={"mask_ptr": None}
+            | encode_module.maxima_constexprs(D, L, dtype, config, has_mask=False, descriptors=config.descriptors),
             options={"num_warps": config.num_warps, "num_stages": config.num_stages},
             unaligned=frozenset({"N"}),
         )
 
-    return [case("S2", S2, torch.bfloat16), case("S1", S1, torch.float32)]
+    found = [case("S1", S1, torch.bfloat16), case("S2", S2, torch.float16), case("S1", S1, torch.float32)]
+    if configs.default_encode(S2["D"], S2["L"], torch.bfloat16, target).descriptors:
+        found.append(case("S2 pointers", S2, torch.bfloat16, descriptors=False))  # where addresses forbid descriptors
+    return found
 
 
 def resolve_cases(target: str) -> list[Case]:
@@ -61,7 +68,7 @@ def resolve_cases(target: str) -> list[Case]:
             options={"num_warps": rows.num_warps},
         )
 
-    return [case("S1", S1, torch.bfloat16), case("S2", S2, torch.bfloat16)]
+    return [case("S1", S1, torch.bfloat16), case("S2", S2, torch.bfloat16), case("k=512", S2 | {"k": 512}, torch.float32)]
 
 
 def select_cases(target: str) -> list[Case]:
@@ -83,7 +90,32 @@ def select_cases(target: str) -> list[Case]:
     return [case("S1", S1), case("S2", S2)]
 
 
-KERNELS: tuple[Callable[[str], list[Case]], ...] = (encode_cases, resolve_cases, select_cases)
+def groupmax_cases(target: str) -> list[Case]:
+    """The largest of each group, fused."""
+    D, k = S1["D"], S1["k"]
+    config = configs.default_groupmax(torch.bfloat16, target)
+    return [
+        Case(
+            name="groupmax S1 bf16",
+            kernel=groupmax._groupmax_encode_kernel,
+            types={"x_ptr": "*bf16", "weight_ptr": "*bf16", "bias_ptr": "*fp32", "acts_ptr": "*fp32"}
+            | {"indices_ptr": "*i64", "N": "i32", "D": "i32", "L": "i32", "GROUP_SIZE": "i32"},
+            constexprs={"mask_ptr": None} | groupmax.groupmax_constexprs(D, k, torch.bfloat16, config, has_mask=False),
+            options={"num_warps": config.num_warps, "num_stages": config.num_stages},
+            unaligned=frozenset({"N"}),
+        )
+    ]
+
+
+KERNELS: tuple[Callable[[str], list[Case]], ...] = (
+    encode_cases,
+    resolve_cases,
+    select_cases,
+    groupmax_cases,
+    decode_cases,
+    act_grad_cases,
+    latent_grad_cases,
+)
 
 
 def cases(target: str) -> list[Case]:

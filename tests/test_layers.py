@@ -8,8 +8,8 @@ import pytest
 ROOT = Path(__file__).parents[1]
 FLOORS = {
     "fastsae_kernels": [
-        "keys configs reference cpu_select cpu_sampled gemm_tile by_latent",
-        "groupmax decode cpu_screen",
+        "keys configs tuning reference cpu_select cpu_sampled gemm_tile by_latent",
+        "encoder_choice groupmax decode cpu_screen",
         "select act_grad cpu",
         "resolve latent_grad",
         "encode",
@@ -38,7 +38,7 @@ PACKAGES = {
     "bench": ROOT / "fastsae/bench",
 }
 KERNELS_MAY_IMPORT = {"__future__", "torch", "triton", "typing", "os", "functools", "math", "dataclasses",
-                      "collections", "contextlib", "types", "json", "pathlib", "tempfile", "warnings"}  # fmt: skip
+                      "collections", "contextlib", "types", "json", "logging", "pathlib", "tempfile", "warnings"}  # fmt: skip
 MAY_IMPORT_KERNELS = {"ops.py", "optim.py", "bench/cases.py"}
 MAY_IMPORT_HUGGING_FACE = {"hooks.py", "data.py", "model.py", "trainer.py", "coders.py", "cli.py", "demo/build.py"}
 

@@ -1,4 +1,4 @@
-"""Default tile sizes by kernel, shape, dtype and GPU, and the choice between the two encoders.
+"""Default tile sizes by kernel, shape, dtype and GPU.
 
 Shapes: N tokens, D width, L latents, K active latents. A default never depends on N, so that a new number of tokens
 compiles nothing. ``FASTSAE_AUTOTUNE=1`` lets :mod:`.tuning` time a few candidates instead, once per shape and GPU.
@@ -11,8 +11,7 @@ Blackwell cards with 100 KB of shared memory), ``sm_90`` (Hopper), ``sm_100`` (d
 from __future__ import annotations
 
 import functools
-import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import triton
@@ -22,6 +21,9 @@ CHUNK_BYTES = 256 * 2**20
 
 MAX_FUSED_K = 512
 """Beyond this many active latents the fused encoder's select would need too wide a window."""
+
+MAX_SELECT_K = 2048
+"""Beyond this many, stored scores are sorted instead: counting pairs of candidates would cost more."""
 
 MAX_GROUPS = 32768
 """The fused encoder's select holds one key per group in registers; more latents need the chunked encoder."""
@@ -79,7 +81,7 @@ class ResolveConfig:
 
 def interpreting() -> bool:
     """Whether ``TRITON_INTERPRET=1`` runs kernels on the CPU."""
-    return bool(triton.knobs.runtime.interpret)
+    return bool(triton.knobs.runtime.interpret)  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def gpu_family(device: torch.device) -> str:
@@ -114,31 +116,47 @@ def window(k: int, extra: int) -> int:
 # ---- encoding ------------------------------------------------------------------------------------------------
 
 _ENCODE_16_BIT = {
-    "sm_80": EncodeConfig(128, 256, 32, 16, 16, num_warps=8, num_stages=3),
-    "sm_89": EncodeConfig(128, 128, 32, 16, 8, num_warps=4, num_stages=3),
-    "sm_90": EncodeConfig(128, 256, 64, 16, 8, num_warps=8, num_stages=3),
-    "sm_100": EncodeConfig(128, 256, 64, 16, 8, num_warps=8, num_stages=3),
-    "gfx942": EncodeConfig(128, 128, 64, 16, 8, num_warps=8, num_stages=2),
-    "interpreter": EncodeConfig(16, 16, 16, 4, 4, num_warps=1, num_stages=1),
+    "sm_80": EncodeConfig(128, 256, 32, GROUP=8, STRIDE=32, num_warps=8, num_stages=3),
+    "sm_89": EncodeConfig(128, 128, 32, GROUP=8, STRIDE=16, num_warps=4, num_stages=3),
+    "sm_90": EncodeConfig(128, 256, 64, GROUP=16, STRIDE=8, num_warps=8, num_stages=4, descriptors=True),
+    "sm_100": EncodeConfig(128, 256, 64, GROUP=16, STRIDE=8, num_warps=8, num_stages=4, descriptors=True),
+    "gfx942": EncodeConfig(128, 128, 64, GROUP=16, STRIDE=8, num_warps=8, num_stages=2),
+    "interpreter": EncodeConfig(16, 16, 16, GROUP=4, STRIDE=4, num_warps=1, num_stages=1),
 }
+# Two programs per multiprocessor: one's reduction hides behind the other's short loop over a narrow width.
+_ENCODE_NARROW = {"sm_90": EncodeConfig(128, 128, 64, GROUP=16, STRIDE=8, num_warps=4, num_stages=3, descriptors=True)}
 _ENCODE_32_BIT = {
-    "sm_80": EncodeConfig(64, 128, 16, 16, 8, num_warps=8, num_stages=3),
-    "sm_89": EncodeConfig(64, 128, 16, 16, 8, num_warps=8, num_stages=3),
-    "sm_90": EncodeConfig(64, 128, 16, 16, 8, num_warps=8, num_stages=3),
-    "sm_100": EncodeConfig(64, 128, 16, 16, 8, num_warps=8, num_stages=3),
-    "gfx942": EncodeConfig(64, 128, 32, 16, 8, num_warps=8, num_stages=2),
-    "interpreter": EncodeConfig(16, 16, 16, 4, 4, num_warps=1, num_stages=1),
+    "sm_80": EncodeConfig(64, 128, 16, GROUP=16, STRIDE=8, num_warps=8, num_stages=3),
+    "sm_89": EncodeConfig(64, 128, 16, GROUP=16, STRIDE=8, num_warps=8, num_stages=3),
+    "sm_90": EncodeConfig(64, 128, 16, GROUP=16, STRIDE=8, num_warps=8, num_stages=3),
+    "sm_100": EncodeConfig(64, 128, 16, GROUP=16, STRIDE=8, num_warps=8, num_stages=3),
+    "gfx942": EncodeConfig(64, 128, 32, GROUP=16, STRIDE=8, num_warps=8, num_stages=2),
+    "interpreter": EncodeConfig(16, 16, 16, GROUP=4, STRIDE=4, num_warps=1, num_stages=1),
 }
 
 
 def default_encode(D: int, L: int, dtype: torch.dtype, family: str) -> EncodeConfig:
     """Shipped tiles of the fused encoder."""
-    return (_ENCODE_32_BIT if dtype == torch.float32 else _ENCODE_16_BIT)[family]
+    if dtype == torch.float32:
+        return _ENCODE_32_BIT[family]
+    narrow = _ENCODE_NARROW.get(family)
+    return narrow if narrow and D <= 1024 else _ENCODE_16_BIT[family]
 
 
-def encode_config(D: int, L: int, k: int, dtype: torch.dtype, device: torch.device) -> EncodeConfig:
-    """Tiles of the fused encoder on ``device``."""
-    return default_encode(D, L, dtype, gpu_family(device))
+def default_groupmax(dtype: torch.dtype, family: str) -> EncodeConfig:
+    """Shipped tiles of the fused GroupMax: smaller, for its running maxima stay in registers beside them."""
+    config = (_ENCODE_32_BIT if dtype == torch.float32 else _ENCODE_16_BIT)[family]
+    return replace(config, BLOCK_L=min(config.BLOCK_L, 128), num_stages=min(config.num_stages, 3), descriptors=False)
+
+
+def encode_candidates(D: int, L: int, dtype: torch.dtype, family: str) -> list[EncodeConfig]:
+    """What autotuning tries besides the default."""
+    default = default_encode(D, L, dtype, family)
+    others = [] if dtype == torch.float32 else [_ENCODE_NARROW.get(family, default), _ENCODE_16_BIT[family]]
+    shallower = [replace(c, num_stages=c.num_stages - 1) for c in (default, *others) if c.num_stages > 2]
+    pointers = [replace(c, descriptors=False) for c in (default, *others)]
+    wider = [replace(c, SWIZZLE_N=16) for c in (default, *others)]
+    return list(dict.fromkeys([default, *others, *shallower, *pointers, *wider]))
 
 
 def resolve_config(num_groups: int, k: int, group: int, family: str) -> ResolveConfig:
@@ -147,20 +165,25 @@ def resolve_config(num_groups: int, k: int, group: int, family: str) -> ResolveC
     block_d = min(128, max(16, 4096 // width))
     if family == "interpreter":
         return ResolveConfig(width, 16, num_warps=1)
+    if num_groups > 8192 or width > 512:
+        return ResolveConfig(width, block_d, num_warps=16)
     return ResolveConfig(width, block_d, num_warps=4 if num_groups <= 2048 and width <= 128 else 8)
 
 
-def select_config(L: int, k: int, dtype: torch.dtype, device: torch.device) -> SelectConfig:
-    """How stored scores are dealt into groups: about 16 members each, and at least four groups per selected one."""
+def select_config(L: int, k: int, device: torch.device) -> SelectConfig:
+    """How stored scores are dealt into groups on ``device``."""
     return default_select(L, k, gpu_family(device))
 
 
 def default_select(L: int, k: int, family: str) -> SelectConfig:
-    """Shipped lanes of the select from stored scores."""
+    """Shipped lanes of the select from stored scores: 16 members a group, at least four groups a winner, in bounds.
+
+    A hidden group costs another look at L / lanes stored scores, which is cheap; more lanes cost registers.
+    """
     if family == "interpreter":
         return SelectConfig(max(16, triton.next_power_of_2(triton.cdiv(L, 4))), num_warps=1)
-    lanes = triton.next_power_of_2(max(triton.cdiv(L, 16), 4 * k, 512))
-    lanes = min(lanes, 4096, max(512, triton.next_power_of_2(L)))
+    lanes = min(2048, max(512, triton.next_power_of_2(triton.cdiv(L, 16))))
+    lanes = max(lanes, min(4096, triton.next_power_of_2(4 * k)))
     return SelectConfig(lanes, num_warps=4 if lanes <= 2048 else 8)
 
 
@@ -214,77 +237,3 @@ def latent_grad_config(D: int) -> LatentGradConfig:
     if BLOCK_D == 8192:
         return LatentGradConfig(1, BLOCK_D, num_warps=16)
     return LatentGradConfig(2, 4096, num_warps=8)
-
-
-@dataclass(frozen=True)
-class Machine:
-    """What the choice between the encoders assumes of a GPU; model figures, not measurements."""
-
-    tflops: float
-    """Dense 16-bit matrix peak."""
-
-    gigabytes: float
-    """Memory bandwidth per second."""
-
-    fused_efficiency: float
-    """Share of the peak that the fused kernel's matrix loop reaches."""
-
-    vendor_efficiency: float
-    """Share of the peak that the vendor's matrix product reaches."""
-
-
-_MACHINES = {
-    "sm_80": Machine(312, 1900, 0.72, 0.82),
-    "sm_89": Machine(165, 1000, 0.80, 0.85),
-    "sm_90": Machine(790, 4500, 0.80, 0.92),
-    "sm_100": Machine(1800, 7500, 0.70, 0.88),
-    "gfx942": Machine(1000, 4800, 0.45, 0.60),
-}
-
-
-def choose_encoder(
-    D: int, L: int, k: int, dtype: torch.dtype, device: torch.device, path: str = "auto", activation: str = "topk"
-) -> str:
-    """``"fused"`` or ``"chunked"``: ``path`` if it names one, else ``FASTSAE_ENCODER``, else the cheaper by model.
-
-    Per score, the chunked encoder writes and reads four bytes; the fused one writes and reads eight per group, and
-    re-scores the candidates of the rows that hold a hidden group. Raises ``ValueError`` for any other name and
-    where the fused kernel is asked for beyond what its select can hold.
-    """
-    path = os.environ.get("FASTSAE_ENCODER", "auto") if path == "auto" else path
-    if path not in ("auto", "fused", "chunked"):
-        raise ValueError(f"encoder path: expected 'auto', 'fused' or 'chunked', got {path!r}")
-    config = encode_config(D, L, k, dtype, device)
-    num_groups = config.num_groups(L)
-    fits = (k <= MAX_FUSED_K and num_groups <= MAX_GROUPS) or activation == "groupmax"
-    if path == "fused" and not fits:
-        raise ValueError(
-            f"fused encoder: expected k <= {MAX_FUSED_K} and at most {MAX_GROUPS * config.GROUP} latents, "
-            f"got k = {k}, {L} latents; use path='chunked'"
-        )
-    if path != "auto":
-        return path
-    family = gpu_family(device)
-    if not fits or (dtype == torch.float32 and family not in ("gfx942", "interpreter")):
-        return "chunked"  # float32 products have no matrix units on NVIDIA, where the vendor's kernel is better
-    if activation == "groupmax" and L // k < config.BLOCK_L:
-        return "chunked"  # most of a tile would lie outside its group
-    if activation == "topk" and num_groups < 4 * k:
-        return "chunked"  # crowded groups mean re-scoring most of the row
-    if family == "interpreter":
-        return "fused"
-    return "fused" if _fused_seconds(D, L, k, config.GROUP, family) <= _chunked_seconds(D, L, family) else "chunked"
-
-
-def _fused_seconds(D: int, L: int, k: int, group: int, family: str) -> float:
-    """Modelled time per token."""
-    machine = _MACHINES[family]
-    hidden_rows = min(1.0, k * k * group / (2 * L))  # expected pairs of winners in one group
-    moved = 2 * 8 * L / group + hidden_rows * (k + group) * D * 2
-    return 2 * D * L / (machine.tflops * 1e12 * machine.fused_efficiency) + moved / (machine.gigabytes * 1e9)
-
-
-def _chunked_seconds(D: int, L: int, family: str) -> float:
-    """Modelled time per token."""
-    machine = _MACHINES[family]
-    return 2 * D * L / (machine.tflops * 1e12 * machine.vendor_efficiency) + 2 * 4 * L / (machine.gigabytes * 1e9)

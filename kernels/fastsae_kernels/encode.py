@@ -22,8 +22,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import configs
-from .gemm_tile import tile_scores
+from . import configs, tuning
+from .encoder_choice import choose_encoder
+from .gemm_tile import tile_operands, tile_scores
 from .groupmax import groupmax_encode
 from .keys import relu_key
 from .resolve import resolve
@@ -37,7 +38,7 @@ def _encode_kernel(
     BLOCK_N: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_D: tl.constexpr,
     GROUP: tl.constexpr, STRIDE: tl.constexpr, SWIZZLE_N: tl.constexpr,
     EVEN_D: tl.constexpr, EVEN_L: tl.constexpr, HAS_MASK: tl.constexpr,
-    PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    DESCRIPTORS: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """One program per tile; blocks of SWIZZLE_N token blocks sweep the latents together."""
     blocks_n = tl.cdiv(N, BLOCK_N)
@@ -47,11 +48,12 @@ def _encode_kernel(
     swizzle = tl.minimum(blocks_n - first_n, SWIZZLE_N)
     pid_n = first_n + pid % (SWIZZLE_N * blocks_l) % swizzle
     pid_l = pid % (SWIZZLE_N * blocks_l) // swizzle
+    scores = tile_scores(
+        x_ptr, weight_ptr, bias_ptr, pid_n * BLOCK_N, pid_l * BLOCK_L, N, D, L,
+        BLOCK_N, BLOCK_L, BLOCK_D, EVEN_D, DESCRIPTORS, PRECISION, UPCAST,
+    )  # fmt: skip
     offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
     offs_l = pid_l * BLOCK_L + tl.arange(0, BLOCK_L)
-    scores = tile_scores(
-        x_ptr, weight_ptr, bias_ptr, offs_n, offs_l, N, D, L, BLOCK_N, BLOCK_L, BLOCK_D, EVEN_D, PRECISION, UPCAST
-    )
     keys = relu_key(scores)
     if HAS_MASK:
         kept = tl.load(mask_ptr + offs_l, mask=offs_l < L, other=0) != 0
@@ -91,33 +93,56 @@ def encode(
     """Activations float32 [N, K] and indices int64 [N, K]; the order is :func:`.reference.select`'s.
 
     The product is computed in ``x.dtype`` (the weight is rounded to it), accumulated in float32. ``path`` is
-    ``"fused"``, ``"chunked"`` or ``"auto"``, see :func:`.configs.choose_encoder`. Raises ``ValueError`` for float64
-    and where ``path`` cannot do the shape.
+    ``"fused"``, ``"chunked"`` or ``"auto"``, see :func:`.encoder_choice.choose_encoder`. Raises ``ValueError`` for
+    float64 and where ``path`` cannot do the shape.
     """
     if x.dtype not in (torch.float32, torch.float16, torch.bfloat16):
         raise ValueError(
             f"encode: the Triton kernels compute in float32, float16 or bfloat16, got {x.dtype}; "
             'use implementation="reference" for float64'
         )
-    x, weight, bias = x.contiguous(), weight.to(x.dtype).contiguous(), bias.float().contiguous()
+    x, weight, bias = _whole_rows(x), _whole_rows(weight.to(x.dtype)), bias.float().contiguous()
     latent_mask = None if latent_mask is None else latent_mask.contiguous()
     acts = torch.empty((x.shape[0], k), dtype=torch.float32, device=x.device)
     indices = torch.empty_like(acts, dtype=torch.int64)
-    path = configs.choose_encoder(x.shape[1], weight.shape[0], k, x.dtype, x.device, path, activation)
+    path = choose_encoder(x.shape[1], weight.shape[0], k, x.dtype, x.device, path, activation)
+    if x.shape[0] == 0:
+        return acts, indices
     if path == "chunked":
         _encode_chunked(x, weight, bias, latent_mask, k, activation, acts, indices)
     elif activation == "groupmax":
         groupmax_encode(x, weight, bias, latent_mask, k, acts, indices)
     else:
-        _encode_fused(x, weight, bias, latent_mask, k, acts, indices)
+        _encode_fused(x, weight, bias, latent_mask, k, acts, indices, _fused_config(x, weight, bias, k))
     return acts, indices
 
 
-def _encode_fused(x, weight, bias, latent_mask, k, acts, indices) -> None:
-    N, D = x.shape
-    L = weight.shape[0]
-    config = configs.encode_config(D, L, k, x.dtype, x.device)
-    num_groups = config.num_groups(L)
+def _whole_rows(matrix: Tensor) -> Tensor:
+    """``matrix`` [.., D] with rows of whole 16-byte words: where they are not, zeros are added to a copy."""
+    D = matrix.shape[1]
+    if D * matrix.element_size() % 16:
+        matrix = torch.nn.functional.pad(matrix, (0, -D % 16))
+    return matrix.contiguous()
+
+
+def _fused_config(x: Tensor, weight: Tensor, bias: Tensor, k: int) -> configs.EncodeConfig:
+    """Shipped tiles, or the fastest of a few where the user asked for timing; on at most 4096 tokens."""
+    L, D = weight.shape
+    family = configs.gpu_family(x.device)
+    if not tuning.enabled() or not x.is_cuda or torch.cuda.is_current_stream_capturing():
+        return configs.default_encode(D, L, x.dtype, family)
+    tokens = x[:4096]
+    acts = torch.empty((tokens.shape[0], k), dtype=torch.float32, device=x.device)
+    indices = torch.empty_like(acts, dtype=torch.int64)
+    return tuning.tuned(
+        "encode", {"D": D, "L": L, "k": k}, x.dtype, torch.cuda.get_device_name(x.device),
+        configs.encode_candidates(D, L, x.dtype, family),
+        lambda config: _encode_fused(tokens, weight, bias, None, k, acts, indices, config),
+    )  # fmt: skip
+
+
+def _encode_fused(x, weight, bias, latent_mask, k, acts, indices, config) -> None:
+    N, num_groups = x.shape[0], config.num_groups(weight.shape[0])
     rows = chunk_rows(N, 2 * 4 * num_groups, config.BLOCK_N * config.SWIZZLE_N)
     maxima = torch.empty((rows, 2, num_groups), dtype=torch.int32, device=x.device)
     for begin in range(0, N, rows):
@@ -142,15 +167,19 @@ def group_maxima(
     """The two words of every (token, group): the fused product alone."""
     N, D = x.shape
     L = weight.shape[0]
+    operands = tile_operands(x, weight, config.BLOCK_N, config.BLOCK_L, config.BLOCK_D) if config.descriptors else None
+    x_operand, weight_operand = operands or (x, weight)
     _encode_kernel[(triton.cdiv(N, config.BLOCK_N) * triton.cdiv(L, config.BLOCK_L),)](
-        x, weight, bias, latent_mask, maxima,
+        x_operand, weight_operand, bias, latent_mask, maxima,
         N, D, L,
-        **maxima_constexprs(D, L, x.dtype, config, has_mask=latent_mask is not None),
-        num_warps=config.num_warps, num_stages=config.num_stages,
+        **maxima_constexprs(D, L, x.dtype, config, has_mask=latent_mask is not None, descriptors=operands is not None),
+        num_warps=config.num_warps, num_stages=config.num_stages, enable_fp_fusion=True,
     )  # fmt: skip
 
 
-def maxima_constexprs(D: int, L: int, dtype: torch.dtype, config: configs.EncodeConfig, *, has_mask: bool) -> dict:
+def maxima_constexprs(
+    D: int, L: int, dtype: torch.dtype, config: configs.EncodeConfig, *, has_mask: bool, descriptors: bool
+) -> dict:
     """What `_encode_kernel` is compiled for."""
     return {
         "BLOCK_N": config.BLOCK_N,
@@ -162,6 +191,7 @@ def maxima_constexprs(D: int, L: int, dtype: torch.dtype, config: configs.Encode
         "EVEN_D": D % config.BLOCK_D == 0,
         "EVEN_L": L % config.BLOCK_L == 0,
         "HAS_MASK": has_mask,
+        "DESCRIPTORS": descriptors,
         "PRECISION": configs.dot_precision(dtype),
         "UPCAST": configs.interpreting(),
     }

@@ -9,6 +9,7 @@ tile by tile and keeps a running maximum in registers, so that nothing of size L
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -47,8 +48,8 @@ def _groupmax_encode_kernel(
     while begin < end:
         offs_l = begin + tl.arange(0, BLOCK_L)
         scores = tile_scores(
-            x_ptr, weight_ptr, bias_ptr, offs_n, offs_l, N, D, L,
-            BLOCK_N, BLOCK_L, BLOCK_D, EVEN_D, PRECISION, UPCAST,
+            x_ptr, weight_ptr, bias_ptr, pid_n * BLOCK_N, begin, N, D, L,
+            BLOCK_N, BLOCK_L, BLOCK_D, EVEN_D, False, PRECISION, UPCAST,
         )  # fmt: skip
         keys = relu_key(scores)
         if HAS_MASK:
@@ -102,15 +103,27 @@ def groupmax_encode(
     """The largest of each group of ``relu(x weightᵀ + bias)``, without [N, L] in memory."""
     N, D = x.shape
     L = weight.shape[0]
-    config = configs.encode_config(D, L, k, x.dtype, x.device)
+    config = configs.default_groupmax(x.dtype, configs.gpu_family(x.device))
     _groupmax_encode_kernel[(triton.cdiv(N, config.BLOCK_N), k)](
         x, weight, bias, latent_mask, acts, indices,
         N, D, L, L // k,
-        K=k, BLOCK_N=config.BLOCK_N, BLOCK_L=config.BLOCK_L, BLOCK_D=config.BLOCK_D,
-        EVEN_D=D % config.BLOCK_D == 0, HAS_MASK=latent_mask is not None,
-        PRECISION=configs.dot_precision(x.dtype), UPCAST=configs.interpreting(),
-        num_warps=config.num_warps, num_stages=config.num_stages,
+        **groupmax_constexprs(D, k, x.dtype, config, has_mask=latent_mask is not None),
+        num_warps=config.num_warps, num_stages=config.num_stages, enable_fp_fusion=True,
     )  # fmt: skip
+
+
+def groupmax_constexprs(D: int, k: int, dtype: torch.dtype, config: configs.EncodeConfig, *, has_mask: bool) -> dict:
+    """What `_groupmax_encode_kernel` is compiled for."""
+    return {
+        "K": k,
+        "BLOCK_N": config.BLOCK_N,
+        "BLOCK_L": config.BLOCK_L,
+        "BLOCK_D": config.BLOCK_D,
+        "EVEN_D": D % config.BLOCK_D == 0,
+        "HAS_MASK": has_mask,
+        "PRECISION": configs.dot_precision(dtype),
+        "UPCAST": configs.interpreting(),
+    }
 
 
 def groupmax_select(
@@ -128,5 +141,5 @@ def groupmax_select(
         scores, bias, latent_mask, acts, indices,
         L, L // k,
         K=k, LANES=lanes, HAS_BIAS=bias is not None, HAS_MASK=latent_mask is not None,
-        num_warps=4 if lanes > 256 else 1,
+        num_warps=4 if lanes > 256 else 1, enable_fp_fusion=True,
     )  # fmt: skip

@@ -50,7 +50,7 @@ def rank_column(ranks):
 def kth_largest(keys, lo, hi, K: tl.constexpr):
     """The K-th largest of int32 ``keys`` [P], by bisection between bounds that hold it (or ``lo`` if fewer reach it).
 
-    Needs ``0 <= lo``, ``max(keys) <= hi``. Stops early once exactly K keys reach the middle, then takes the least of them.
+    Needs ``0 <= lo``, ``max(keys) <= hi``. Stops early once exactly K keys reach the middle, and takes the least.
     """
     while lo < hi:
         mid = hi - (hi - lo) // 2

@@ -15,7 +15,8 @@ Values and the order of summation. In a row without hidden groups the activation
 accumulators, bit for bit: the result is what a float32 sort of them gives. In a row with hidden groups every
 candidate is scored anew in one order (`_dot_rows`: BLOCK_D interleaved partial sums, then a tree), and both the
 choice and the values follow these, so that equal rows of ``weight`` always tie. The two orders differ by float32
-rounding of the sum, never by a rounding of the key.
+rounding of the sum, never by a rounding of the key: which columns are looked at again follows the accumulators, and
+what is chosen among them follows the second look.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import configs
-from .keys import pack_rank, relu_key
+from .keys import NAN_KEY, pack_rank, relu_key
 from .select import (
     count_candidates,
     group_column,
@@ -99,7 +100,6 @@ def _resolve_kernel(
     first, bound, _ = _load_maxima(maxima_ptr, tl.arange(0, P), num_groups, GROUP, STRIDE)
     threshold = row_threshold(first, GROUP, K, WINDOW)
     num_singles, num_hidden = count_candidates(first, bound, threshold)
-    largest_bound = tl.max(bound, axis=0)
     total = num_singles + num_hidden * GROUP
     best = tl.zeros((WINDOW,), tl.int64)
     begin = tl.full((), 0, tl.int32)
@@ -118,9 +118,9 @@ def _resolve_kernel(
         best = keep_best(best, ranks, begin, list_ptr, K, WINDOW)
         is_member = begin + tl.arange(0, WINDOW) >= num_singles
         begin += WINDOW
-        if begin >= num_singles:  # hidden groups come block by block: a flood of ties or NaN ends here
+        if begin >= num_singles:  # hidden groups come block by block: a flood of NaN ends here, nothing ranks above it
             block = tl.max(tl.where(is_member & exists, cols // (STRIDE * GROUP), 0), axis=0) * (STRIDE * GROUP)
-            if kth_best(best, K, WINDOW) > pack_rank(largest_bound, block):
+            if kth_best(best, K, WINDOW) > pack_rank(tl.full((), NAN_KEY, tl.int32), block):
                 begin = total
     write_row(best, acts_ptr + row * K, indices_ptr + row * K, K, WINDOW)
 
@@ -145,7 +145,7 @@ def resolve(
         x, weight, bias, latent_mask, maxima, lists, acts, indices,
         D, L, num_groups,
         **resolve_constexprs(L, k, config, rows, has_mask=latent_mask is not None),
-        num_warps=rows.num_warps,
+        num_warps=rows.num_warps, enable_fp_fusion=True,
     )  # fmt: skip
 
 

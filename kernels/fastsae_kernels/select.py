@@ -8,8 +8,9 @@ columns belong to which group); for each group the row has
     bound  [P]  no smaller than the key of any other member.
 
 Let t be the K-th largest ``first``, but at least FLOOR = 1, the key of the smallest positive activation. Where t is
-not raised to FLOOR, K keys reach it already, so every positive member of the top K has key >= t. A group with ``bound < t`` can contribute its
-maximum only: a *single*. A group with ``bound >= t`` may hide further members: all its members are looked at again.
+not raised to FLOOR, K keys reach it already, so every positive member of the top K has key >= t. A group with
+``bound < t`` can contribute its maximum only: a *single*. A group with ``bound >= t`` may hide further members: all
+its members are looked at again.
 Singles and members of hidden groups are therefore a superset of the positive top K, for any distribution and any
 number of ties. They pass through a sorted list of the best ones, WINDOW at a time, so that no buffer can overflow.
 What is missing to K is filled with zeros at the smallest columns that are left; K columns always suffice for that.
@@ -49,8 +50,8 @@ def row_threshold(first, FLOOR: tl.constexpr, K: tl.constexpr, WINDOW: tl.conste
 @triton.jit
 def count_candidates(first, bound, threshold):
     """How many groups are single, and how many hidden."""
-    hidden = bound >= threshold
-    return tl.sum(((first >= threshold) & (bound < threshold)).to(tl.int32), axis=0), tl.sum(hidden.to(tl.int32), axis=0)
+    single = (first >= threshold) & (bound < threshold)
+    return tl.sum(single.to(tl.int32), axis=0), tl.sum((bound >= threshold).to(tl.int32), axis=0)
 
 
 @triton.jit
@@ -235,14 +236,27 @@ def select_scores(
     if activation == "groupmax":
         groupmax_select(scores, bias, latent_mask, k, acts, indices)
         return
-    config = configs.select_config(L, k, scores.dtype, scores.device)
+    if k > configs.MAX_SELECT_K:
+        _sort_scores(scores, bias, latent_mask, k, acts, indices)
+        return
+    config = configs.select_config(L, k, scores.device)
     constexprs = select_constexprs(k, config, has_bias=bias is not None, has_mask=latent_mask is not None)
     lists = torch.empty((N, 2, constexprs["WINDOW"]), dtype=torch.int64, device=scores.device)
     _select_kernel[(N,)](
         scores, bias, latent_mask, lists, acts, indices,
         L, triton.cdiv(L, config.LANES),
-        **constexprs, num_warps=config.num_warps,
+        **constexprs, num_warps=config.num_warps, enable_fp_fusion=True,
     )  # fmt: skip
+
+
+def _sort_scores(scores, bias, latent_mask, k, acts, indices) -> None:
+    """The same by a stable sort, for selections too large for a window."""
+    scores = (scores.float() if bias is None else scores.float() + bias).relu()
+    if latent_mask is not None:
+        scores = scores.masked_fill(~latent_mask, 0.0)
+    values, columns = scores.sort(dim=-1, descending=True, stable=True)
+    acts.copy_(values[:, :k])
+    indices.copy_(columns[:, :k])
 
 
 def select_constexprs(k: int, config: configs.SelectConfig, *, has_bias: bool, has_mask: bool) -> dict:
