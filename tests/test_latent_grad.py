@@ -157,11 +157,12 @@ def test_rows_wider_than_the_registers(D, BLOCK_D, monkeypatch, device):
         module = importlib.import_module("fastsae_kernels.latent_grad")
         monkeypatch.setattr(module, "latent_grad_config", lambda D: narrow)
     step = make_step((3, D, 4, 3), device)
-    assert_grads(backward(step), step)
+    grads = backward(step)
+    assert_grads(grads, step)
     d_acts, dW_dec = decode_backward(step.grad, step.top_acts, step.top_indices, step.W_dec)
     # other pairs share an iteration where zero activations are in the index: another order of summing 9 of them
-    torch.testing.assert_close(dW_dec, backward(step).dW_dec, rtol=0, atol=9 * 2.0**-24 * float(dW_dec.abs().max()))
-    assert torch.equal(d_acts.masked_fill(step.top_acts == 0, 0.0), backward(step).d_acts)
+    torch.testing.assert_close(dW_dec, grads.dW_dec, rtol=0, atol=9 * 2.0**-24 * float(dW_dec.abs().max()))
+    assert torch.equal(d_acts.masked_fill(step.top_acts == 0, 0.0), grads.d_acts)
 
 
 @pytest.mark.parametrize("wide", [False, True])
@@ -234,9 +235,9 @@ def test_decode_backward_also_of_zero_activations(shape, dtype, device):
 @pytest.mark.parametrize("shape", SHAPES)
 def test_encode_backward(shape, dtype, device):
     step = make_step(shape, device, dtype)
-    d_acts = backward(step).d_acts
-    dW_enc, db_enc = encode_backward(d_acts, step.top_indices, step.x, shape[2])
-    assert_grads(Grads(d_acts, backward(step).dW_dec, dW_enc, db_enc), step)
+    grads = backward(step)
+    dW_enc, db_enc = encode_backward(grads.d_acts, step.top_indices, step.x, shape[2])
+    assert_grads(grads._replace(dW_enc=dW_enc, db_enc=db_enc), step)
 
 
 def test_no_tokens(device):
