@@ -51,7 +51,7 @@ def _finish(acc, bias, target_ptr, out_ptr, sse_ptr, offs_d, mask_d):
     out = tl.sum(acc, axis=0) + bias
     if target_ptr is not None:
         out -= tl.load(target_ptr + offs_d, mask=mask_d, other=0.0).to(tl.float32)
-        tl.store(sse_ptr, tl.sum(tl.where(mask_d, out * out, 0.0), axis=0))  # a NaN act fills the padding too
+        tl.store(sse_ptr, tl.sum(out * out, axis=0))  # the padding is 0, or not finite where the token is not
     tl.store(out_ptr + offs_d, out.to(out_ptr.dtype.element_ty), mask=mask_d)
 
 
