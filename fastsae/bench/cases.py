@@ -134,6 +134,6 @@ def _leaves(*tensors: Tensor) -> tuple[Tensor, ...]:
 
 def chosen_encoder(p: Problem) -> str:
     """The name of the contestant that implementation ``triton`` encodes with by itself."""
-    from fastsae_kernels import configs
+    from fastsae_kernels.encoder_choice import choose_encoder
 
-    return f"triton {configs.choose_encoder(p.x.shape[1], len(p.weight), p.k, p.x.dtype, p.x.device)}"
+    return f"triton {choose_encoder(p.x.shape[1], len(p.weight), p.k, p.x.dtype, p.x.device)}"
