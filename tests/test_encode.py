@@ -14,7 +14,7 @@ from fastsae_kernels.select import select
 from fastsae_kernels.testing import assert_no_worse, make_inputs
 
 PATHS = ["fused", "chunked"]
-SHAPES = [(1, 7, 16, 1), (5, 33, 123, 7), (3, 16, 255, 33), (2, 48, 64, 64), (9, 20, 507, 5)]  # N, D, L, k
+SHAPES = [(1, 7, 16, 1), (3, 33, 123, 7), (2, 16, 255, 33), (2, 48, 64, 64), (2, 20, 507, 5)]  # N, D, L, k
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 
@@ -51,7 +51,7 @@ def test_no_worse_than_torch_on_real_scores(dtype, path, device):
 
     Floor: a row of 96 products in float32, in any order, is off by at most 96 · 2^-24 of its size.
     """
-    x, weight, bias, _, b_dec = make_inputs(23, 96, 300, dtype=dtype, device=device)
+    x, weight, bias, _, b_dec = make_inputs(6, 96, 150, dtype=dtype, device=device)
     x = reference.center(x, b_dec)
     acts, indices = encode(x, weight, bias, 9, path=path)
     truth = torch.relu(x.double() @ weight.double().T + bias.double())
@@ -182,8 +182,8 @@ def test_groupmax(path, L, k, device):
 
 @pytest.mark.parametrize("path", PATHS)
 def test_scratch_is_bounded_and_rows_are_cut_without_a_seam(path, device, monkeypatch):
-    x, weight, bias = integers(70, 6, 64, device)
-    monkeypatch.setattr(configs, "CHUNK_BYTES", 4096)
+    x, weight, bias = integers(37, 6, 48, device)
+    monkeypatch.setattr(configs, "CHUNK_BYTES", 2048)
     assert_is_reference(x, weight, bias, 4, path=path)
 
 
@@ -196,7 +196,7 @@ def test_runs_are_bit_identical(path, device):
 
 
 def test_both_paths_give_one_set_and_full_values(device):
-    x, weight, bias, *_ = make_inputs(20, 64, 400, device=device)
+    x, weight, bias, *_ = make_inputs(5, 32, 160, device=device)
     fused, chunked = (encode(x, weight, bias, 10, path=path) for path in PATHS)
     torch.testing.assert_close(fused[0], chunked[0], rtol=1e-5, atol=1e-5)
     scores = torch.relu(x.double() @ weight.double().T + bias.double())
@@ -241,10 +241,10 @@ def test_refusals(device):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("L", "k"), [(16, 1), (123, 7), (255, 32), (96, 96), (64, 33)])
+@pytest.mark.parametrize(("L", "k"), [(16, 1), (123, 7), (255, 32), (48, 48), (64, 33)])
 def test_select_equals_the_reference(L, k, dtype, device):
     gen = torch.Generator().manual_seed(L)
-    scores = torch.randn(7, L, generator=gen).mul(4).round().div(4).relu().to(device, dtype)
+    scores = torch.randn(4, L, generator=gen).mul(4).round().div(4).relu().to(device, dtype)
     scores[0] = 0
     scores[1, L // 2] = math.inf
     scores[2, [0, L - 1]] = math.nan

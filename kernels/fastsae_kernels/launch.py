@@ -20,9 +20,9 @@ def _on_its_device(primitive: Callable[..., Any]) -> Callable[..., Any]:
     """``primitive`` with the device of its first tensor current: Triton launches there, wherever the tensors are."""
 
     @functools.wraps(primitive)
-    def launch(first: Tensor, *rest: Any) -> Any:
+    def launch(first: Tensor, *rest: Any, **options: Any) -> Any:
         with torch.cuda.device_of(first):
-            return primitive(first, *rest)
+            return primitive(first, *rest, **options)
 
     return launch
 
