@@ -49,7 +49,7 @@ def read_coder(folder: Path | str) -> tuple[SaeConfig, int, dict[str, Tensor], d
     except SafetensorError as error:
         raise CheckpointError(f"{folder / WEIGHTS_FILE}: not a readable safetensors file ({error})") from None
     _check_shapes(folder, tensors, cfg, d_in)
-    return cfg, d_in, tensors, values.get("fastsae", {})
+    return cfg, d_in, tensors, values.get("fastsae") or {}
 
 
 def write_coder(

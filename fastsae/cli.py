@@ -23,6 +23,7 @@ app = typer.Typer(
     help="Train TopK sparse autoencoders and transcoders on Hugging Face models.",
     no_args_is_help=True,
     add_completion=False,
+    pretty_exceptions_enable=False,
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
@@ -113,9 +114,10 @@ def _show_progress_notes(level: int = logging.INFO) -> None:
         console = Console(stderr=True)
         notes.addHandler(RichHandler(console=console, show_time=False, show_path=False, show_level=False))
     warnings.filterwarnings("ignore", category=FutureWarning)
-    from transformers.utils.logging import disable_progress_bar
+    from transformers.utils import logging as transformers_logging
 
-    disable_progress_bar()  # of loading weights; downloads keep theirs
+    transformers_logging.disable_progress_bar()  # of loading weights; downloads keep theirs
+    transformers_logging.set_verbosity_error()  # the base model leaves the LM head out, on purpose
 
 
 def _escape(text: str) -> str:

@@ -50,7 +50,7 @@ def load_data(name: str, run: RunConfig) -> Dataset:
                 f"dataset: expected a save_to_disk folder, or one kind of file in {name} ({', '.join(_BUILDERS)}), "
                 f"found {', '.join(sorted(builders)) or 'none'}"
             )
-        return _load_files(builders.pop(), files, run.split)
+        return _load_folder(builders.pop(), path, run.split)
     if name.startswith((".", "/", "~")):
         raise ArtifactError(f"dataset: expected a file, a folder or a hub id, got {name!r}, which does not exist here")
     return _load_hub(name, run)
@@ -68,6 +68,11 @@ def tokenize(
         raise ArtifactError(
             f"dataset: expected a text column {text_column!r} or tokens in 'input_ids', "
             f"got columns {', '.join(data.column_names)}; choose one with --text-column"
+        )
+    kind = getattr(data.features[text_column], "dtype", None)
+    if kind not in ("string", "large_string"):
+        raise ArtifactError(
+            f"dataset: expected text in column {text_column!r}, got {kind or 'lists'}; choose another with --text-column"
         )
     separator = next((i for i in (tokenizer.eos_token_id, tokenizer.sep_token_id) if i is not None), None)
     packed = data.map(
@@ -114,7 +119,7 @@ def load_tokens(
         )
     data = data.shuffle(seed=run.shuffle_seed).with_format("torch")
     limit = len(data) if run.max_examples is None else min(run.max_examples, len(data))
-    if run.max_tokens is not None:
+    if run.max_tokens is not None and limit:
         limit = min(limit, max(1, run.max_tokens // len(data[0]["input_ids"])))
     return data.select(range(limit))
 
@@ -152,11 +157,23 @@ def _builder(path: Path) -> str:
 
 
 def _load_files(builder: str, files: list[Path], split: str) -> Dataset:
-    options: dict[str, Any] = {"sample_by": "document"} if builder == "text" else {}
+    if split != "train":
+        raise ArtifactError(f"dataset: {files[0].name} has the split train only, not {split!r}; leave --split out")
+    return _read(builder, files[0], data_files=[str(file) for file in files], split=split)
+
+
+def _load_folder(builder: str, folder: Path, split: str) -> Dataset:
+    """Splits are told by names, as on the hub (``train-0.parquet``, ``test/a.txt``); without them all is train."""
+    return _read(builder, folder, path=str(folder), split=split)
+
+
+def _read(builder: str, source: Path, *, path: str | None = None, **options: Any) -> Dataset:
+    if builder == "text":
+        options["sample_by"] = "document"
     try:
-        return load_dataset(builder, data_files=[str(file) for file in files], split="train", **options)  # type: ignore[return-value]
+        return load_dataset(path or builder, **options)  # type: ignore[return-value]
     except (DatasetGenerationError, DatasetNotFoundError, ValueError) as error:
-        raise ArtifactError(f"dataset: could not read {files[0]} as {builder}: {_reason(error)}") from None
+        raise ArtifactError(f"dataset: could not read {source} as {builder}: {_reason(error)}") from None
 
 
 def _load_hub(name: str, run: RunConfig) -> Dataset:

@@ -74,6 +74,14 @@ class TrainingMetrics:
                 "Lower --lr"
             )
 
+    def check_weights(self, step: int) -> None:
+        """Raise :class:`NonFiniteError` where the coder itself is not finite: the last update is in no loss yet."""
+        if not all(bool(parameter.isfinite().all()) for parameter in self.coder.parameters()):
+            raise NonFiniteError(
+                f"{self.name}, step {step}: expected finite weights, got NaN or inf; nothing was saved since. "
+                "Lower --lr"
+            )
+
 
 class Stopwatch:
     """Seconds spent in a ``with`` block, summed; on a GPU by events, so that nothing waits until it is read."""

@@ -6,6 +6,7 @@ import logging
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from . import demo
@@ -25,6 +26,8 @@ def resolve_device(device: str | None) -> torch.device:
         wanted = torch.device(device)
     except RuntimeError:
         raise ConfigError(f"device: expected cpu, cuda, cuda:N or mps, got {device!r}") from None
+    if wanted.type not in ("cpu", "cuda", "mps"):
+        raise ConfigError(f"device: expected cpu, cuda, cuda:N or mps, got {device!r}")
     if wanted.type == "cuda" and not torch.cuda.is_available():
         raise ConfigError(
             f"device: expected a GPU for {device!r}, got a machine or a torch build without one; use --device cpu, "
@@ -50,6 +53,11 @@ def load_model(name: str, run: RunConfig) -> PreTrainedModel:
     dtype = resolve_dtype(run.dtype, device)
     logger.info("loading %s in %s on %s", name, str(dtype).removeprefix("torch."), device)
     model = _from_pretrained(AutoModel, name, run, "model", dtype=dtype)
+    if model.config.is_encoder_decoder:
+        raise ArtifactError(
+            f"model: expected a causal or encoder model, got {type(model).__name__}, an encoder-decoder; "
+            "load its encoder yourself and pass it to fastsae.Trainer"
+        )
     return model.to(device).eval().requires_grad_(False)
 
 
@@ -64,7 +72,7 @@ def _from_pretrained(auto_class, name: str, run: RunConfig, what: str, **options
         raise ArtifactError(f"{what}: expected a folder or hub id, got {name!r}, which is no folder here")
     try:
         return auto_class.from_pretrained(source, revision=run.revision, token=run.hf_token, **options)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
         first_line = str(error).strip().splitlines()[0]
         raise ArtifactError(
             f"{what}: expected a Hugging Face hub id or a folder saved by save_pretrained, got {name!r}: {first_line} "

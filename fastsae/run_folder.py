@@ -13,7 +13,12 @@ from .errors import ArtifactError
 
 def create_run_folder(cfg: TrainConfig, model_name: str) -> Path:
     """Make ``save_dir/run_name`` and return it; raises :class:`ArtifactError` if it is taken or not writable."""
-    folder = Path(cfg.save_dir) / (cfg.run_name or default_name(model_name))
+    name = cfg.run_name or default_name(model_name)
+    if Path(name).name != name:
+        raise ArtifactError(
+            f"run_name: expected one folder name inside --save-dir, got {name!r}; use --save-dir for paths"
+        )
+    folder = Path(cfg.save_dir) / name
     if folder.is_dir() and any(folder.iterdir()):
         raise ArtifactError(
             f"output: expected a new or empty folder, {folder} already holds files; choose another --run-name"

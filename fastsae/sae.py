@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from . import checkpoint, loss, ops
 from .config import SaeConfig
-from .errors import CheckpointError
+from .errors import CheckpointError, ConfigError
 from .ops import EncoderOutput
 
 
@@ -95,8 +95,9 @@ class FastSae(nn.Module):
         Larger activations come first. ``pre_acts``, the dense matrix that fusion exists to avoid, is made
         only on request.
         """
+        self._check_width("x", x)
         out = self._encode(x.reshape(-1, self.d_in), self.cfg.k, return_pre_acts=return_pre_acts)
-        return EncoderOutput(*(None if t is None else t.reshape(*x.shape[:-1], -1) for t in out))  # type: ignore[arg-type]
+        return EncoderOutput(*(None if t is None else t.reshape(*x.shape[:-1], t.shape[-1]) for t in out))  # type: ignore[arg-type]
 
     def decode(self, top_acts: Tensor, top_indices: Tensor) -> Tensor:
         """Reconstruction [..., D] of activations [..., K] of the latents [..., K]."""
@@ -117,6 +118,9 @@ class FastSae(nn.Module):
         ``dead_mask`` bool [L] turns AuxK on; ``total_variance`` is FVU's denominator where x is only a part
         of a batch.
         """
+        self._check_width("x", x)
+        if y is not None and y.shape != x.shape:
+            raise ConfigError(f"expected y of x's shape {list(x.shape)}, got {list(y.shape)}")
         shape, x = x.shape[:-1], x.reshape(-1, self.d_in)
         y = x if y is None else y.reshape(-1, self.d_in)
         variance = loss.total_variance(y) if total_variance is None else total_variance
@@ -138,9 +142,17 @@ class FastSae(nn.Module):
             multi_topk_fvu = loss.fvu(y - self._decode(wide_acts, wide_indices) - offset, variance)
 
         return ForwardOutput(
-            sae_out.reshape(*shape, -1), acts.reshape(*shape, -1), indices.reshape(*shape, -1),
+            sae_out.reshape(*shape, self.d_in), acts.reshape(*shape, k), indices.reshape(*shape, k),
             loss.fvu(residual, variance), auxk_loss, multi_topk_fvu,
         )  # fmt: skip
+
+    def _check_width(self, name: str, tensor: Tensor) -> None:
+        if tensor.ndim == 0 or tensor.shape[-1] != self.d_in:
+            at = f" ({self.notes['hookpoint']})" if "hookpoint" in self.notes else ""
+            raise ConfigError(
+                f"expected {name} of width {self.d_in} for this coder{at}, got shape {list(tensor.shape)}; "
+                "give it the activations of the hookpoint it was trained on"
+            )
 
     def _encode(self, x: Tensor, k: int, **options) -> EncoderOutput:
         options.setdefault("activation", self.cfg.activation)

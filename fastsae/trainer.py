@@ -10,10 +10,10 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from itertools import islice
-from typing import Any
+from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Subset
 from transformers import PreTrainedModel
 
@@ -78,8 +78,13 @@ class Trainer:
                         values["tokens_per_second"] = self.tokens / (time.perf_counter() - start)
                         tracker.log(self.step, values)
                         bar.show(values["tokens_per_second"], values["fvu"])
-                    if self.step % self.cfg.save_every == 0:
+                    if self.step % self.cfg.save_every == 0 and self.tokens:
                         self.save()
+            if self.tokens == 0:
+                raise ArtifactError(
+                    "dataset: expected tokens to train on, got none: all are excluded or masked; "
+                    "check --exclude-tokens and the attention_mask"
+                )
             self.save()
             return self.summarise(time.perf_counter() - start)
         finally:
@@ -93,6 +98,7 @@ class Trainer:
             self._mask = self._token_mask(batch)
             tokens += batch["input_ids"].numel() if self._mask is None else int(self._mask.sum())
             self._run_model(batch, self._train_hookpoint)
+        self._lr = max(learning_rates(self.optimizer))
         apply_gradients(self.optimizer, self.schedule, self.coders.values())
         for metrics in self.metrics.values():
             metrics.end_step(tokens)
@@ -105,15 +111,16 @@ class Trainer:
         threshold = self.cfg.dead_feature_threshold
         per_coder = {name: metrics.read(threshold) for name, metrics in self.metrics.items()}
         values["fvu"] = sum(v["fvu"] for v in per_coder.values()) / len(per_coder)
-        values["lr"], values["tokens"] = max(learning_rates(self.optimizer)), self.tokens
+        values["lr"], values["tokens"] = self._lr, self.tokens
         for name, coder_values in per_coder.items():
             values.update({f"{key}/{name}": value for key, value in coder_values.items()})
         return values
 
     def save(self) -> None:
-        """Write every coder into the run's folder, unless its training broke down."""
+        """Write every coder into the run's folder, unless the training of any of them broke down."""
         for metrics in self.metrics.values():
             metrics.check()
+            metrics.check_weights(self.step)
         for name, coder in self.coders.items():
             coder.notes = {**self._notes(), "hookpoint": name.partition("/")[0]}
             coder.save_to_disk(self.folder / name)
@@ -125,7 +132,7 @@ class Trainer:
 
         def measure(name: str, inputs: Tensor | None, output: Tensor) -> None:
             x, y = self._tokens(name, inputs, output)
-            for coder_name, coder in self._coders_at(name):
+            for coder_name, coder in self._coders_at(name) if len(y) else ():
                 measured[coder_name].add(y, coder(x, y))
 
         for batch in self._loader(self.held_out_rows):
@@ -190,11 +197,15 @@ class Trainer:
 
     def _run_model(self, batch: dict[str, Tensor], callback) -> None:
         calls = {name: hookpoint.calls for name, hookpoint in self.hookpoints.items()}
-        mask = batch.get("attention_mask")
+        mask, ids = batch.get("attention_mask"), batch["input_ids"]
+        vocabulary = cast(nn.Embedding, self.model.get_input_embeddings()).num_embeddings
+        if ids.min() < 0 or ids.max() >= vocabulary:
+            raise ArtifactError(
+                f"dataset: expected token ids from 0 to {vocabulary - 1}, got {ids.min()} to {ids.max()}; "
+                "was it tokenised for another model?"
+            )
         device = self.model.device
-        run_hooked(
-            self.model, batch["input_ids"].to(device), calls, callback, None if mask is None else mask.to(device)
-        )
+        run_hooked(self.model, ids.to(device), calls, callback, None if mask is None else mask.to(device))
 
     # ---- data ----
 

@@ -68,7 +68,11 @@ def resolve_cases(target: str) -> list[Case]:
             options={"num_warps": rows.num_warps},
         )
 
-    return [case("S1", S1, torch.bfloat16), case("S2", S2, torch.bfloat16), case("k=512", S2 | {"k": 512}, torch.float32)]
+    return [
+        case("S1", S1, torch.bfloat16),
+        case("S2", S2, torch.bfloat16),
+        case("k=512", S2 | {"k": 512}, torch.float32),
+    ]
 
 
 def select_cases(target: str) -> list[Case]:

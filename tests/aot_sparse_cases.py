@@ -72,7 +72,7 @@ def latent_grad_cases(target: str) -> list[Case]:
     """Latents and chunks of hot latents."""
 
     def case(side: str, D: int, w: str, *, chunks: bool = False) -> Case:
-        config = configs.latent_grad_config(D)
+        config = configs.latent_grad_config(D, 4 if w == "fp32" else 2)
         pointers = DECODER_SIDE | {"grad_ptr": f"*{w}"} if side != "encoder" else {}
         pointers |= ENCODER_SIDE | {"x_ptr": f"*{w}"} if side != "decoder" else {}
         if side == "coder":

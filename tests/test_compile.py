@@ -1,8 +1,10 @@
-"""Every shipped configuration compiles for GPUs that are not here, and stays within what they have.
+"""Every shipped config, compiled for GPUs that need not be there: registers, spills, memory, instructions.
 
-One process per half of the targets runs :mod:`aot` without the interpreter. Bounds: shared memory is the hardware's;
-registers, spills and instructions are what these kernels took when the table was made, plus a tenth.
+`aot.py` compiles in processes of its own, one half of the targets each, for the interpreter must be off there.
+The table of registers is what Triton 3.6 and 3.9 gave, rounded up: a change that needs more should be seen.
 """
+
+from __future__ import annotations
 
 import json
 import os
@@ -14,9 +16,10 @@ import pytest
 
 pytest.importorskip("triton", reason="Triton is for Linux")
 
-HERE = Path(__file__).parent
-HALVES = (("sm_90", "sm_80", "gfx942"), ("sm_100", "sm_89"))
+TESTS = Path(__file__).parent
+HALVES = (("sm_80", "sm_89", "gfx942"), ("sm_90", "sm_100"))  # of about equal time
 TARGETS = [target for half in HALVES for target in half]
+
 SHARED_BYTES = {
     "sm_80": 163 * 1024,
     "sm_89": 99 * 1024,
@@ -24,67 +27,84 @@ SHARED_BYTES = {
     "sm_100": 227 * 1024,
     "gfx942": 64 * 1024,
 }
-REGISTERS = {  # of sm_90, by the beginning of a case's name
-    "encode": 238,
-    "resolve": 250,
-    "select": 156,
-    "groupmax": 255,
-    "decode": 106,
-    "act_grad": 72,
-    "latent_grad": 158,
+
+MAX_REGISTERS = {
+    "encode": 256,
+    "groupmax": 256,
+    "resolve": 240,
+    "select": 176,
+    "decode": 208,
+    "act_grad": 80,
+    "latent_grad": 160,
 }
+"""Per thread, by kernel; the largest over targets and cases."""
 
 
 @pytest.fixture(scope="module")
-def reports() -> dict[str, dict[str, dict]]:
-    """What each case's machine code uses, by target and case."""
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+def reports() -> dict[tuple[str, str], dict]:
+    """What every case needs on every target."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     running = [
         subprocess.Popen(
-            [sys.executable, str(HERE / "aot.py"), *half],
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment,
+            [sys.executable, TESTS / "aot.py", *half], env=environment, text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         )
         for half in HALVES
     ]  # fmt: skip
-    found: dict[str, dict[str, dict]] = {target: {} for target in TARGETS}
-    for process in running:
-        out, err = process.communicate(timeout=600)
-        assert process.returncode == 0, err[-2000:]
-        for line in out.splitlines():
-            record = json.loads(line)
-            found[record["target"]][record["case"]] = record
+    finished = [process.communicate(timeout=900) for process in running]
+    for process, (_, errors) in zip(running, finished, strict=True):
+        assert process.returncode == 0, errors
+    lines = [json.loads(line) for output, _ in finished for line in output.splitlines()]
+    return {(line["target"], line["case"]): line for line in lines}
+
+
+def of(reports, target: str, kernel: str = "") -> dict[str, dict]:
+    """The reports of one target's cases of one kernel; never empty."""
+    found = {case: r for (t, case), r in reports.items() if t == target and case.startswith(kernel)}
+    assert found, f"no case of {kernel!r} for {target}"
     return found
 
 
 @pytest.mark.parametrize("target", TARGETS)
-def test_every_configuration_compiles_within_the_hardware(reports, target):
-    kinds = {name.split()[0] for name in reports[target]}
-    assert kinds == set(REGISTERS)
-    for name, used in reports[target].items():
-        assert "error" not in used, f"{name}: {used['error']}"
-        assert used["spills"] == 0, f"{name} spills: {used}"
-        assert used["shared"] <= SHARED_BYTES[target], f"{name}: {used}"
-        assert used["float_atomics"] == 0, f"{name}: {used}"
+def test_every_config_compiles_within_its_gpu(reports, target):
+    for case, report in of(reports, target).items():
+        assert "error" not in report, f"{case}: {report['error']}"
+        assert report["spills"] == 0, f"{case}: {report['spills']} spills"
+        assert report["shared"] <= SHARED_BYTES[target], f"{case}: {report['shared']} bytes of shared memory"
+        assert report["float_atomics"] == 0, f"{case}: float atomics are not deterministic"
 
 
-def test_registers_on_hopper(reports):
-    for name, used in reports["sm_90"].items():
-        assert used["registers"] <= REGISTERS[name.split()[0]], f"{name}: {used}"
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("kernel", MAX_REGISTERS)
+def test_registers_stay_within_the_table(reports, target, kernel):
+    for case, report in of(reports, target, kernel + " ").items():
+        assert report["registers"] <= MAX_REGISTERS[kernel], f"{case}: {report['registers']} registers"
 
 
-def test_the_encoder_uses_the_matrix_units(reports):
-    for target in TARGETS:
-        cases = [used for name, used in reports[target].items() if name.startswith("encode") and "bf16" in name]
-        assert cases
-        assert all(used["mma"] > 0 for used in cases), target
-    hopper = [used for name, used in reports["sm_90"].items() if name.startswith("encode") and "bf16" in name]
-    assert all(used["wgmma"] > 0 and used["async_copies"] > 0 for used in hopper)
+def test_every_kernel_of_the_table_is_compiled(reports):
+    assert {case.split()[0] for _, case in reports} == set(MAX_REGISTERS)
 
 
-@pytest.mark.parametrize("kind", ["decode", "latent_grad"])
-def test_gathers_are_128_bits_wide(reports, kind):
-    for target in TARGETS:
-        cases = {name: used for name, used in reports[target].items() if name.startswith(kind)}
-        assert cases
-        for name, used in cases.items():
-            assert used["loads_128"] > 0, f"{target} {name}: {used}"
+@pytest.mark.parametrize("target", TARGETS)
+def test_sixteen_bit_products_run_on_matrix_units(reports, target):
+    for case, report in (of(reports, target, "encode") | of(reports, target, "groupmax")).items():
+        if case.endswith("fp32") and target != "gfx942":
+            assert report["mma"] == 0, f"{case}: float32 must not be rounded for a matrix unit"
+        else:
+            assert report["mma"] > 0, case
+        if target == "sm_90" and not case.endswith("fp32"):
+            assert report["wgmma"] > 0, case
+
+
+@pytest.mark.parametrize("target", ["sm_80", "sm_89", "sm_90", "sm_100"])
+def test_tiles_are_copied_asynchronously_and_reduced_in_registers(reports, target):
+    for case, report in of(reports, target, "encode").items():
+        assert report["async_copies"] > 0, case
+        assert report["shuffles"] <= 16, f"{case}: groups must lie within a thread, but for one round of stores"
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_rows_are_read_in_words_of_128_bits(reports, target):
+    for kernel in ("resolve", "select", "decode", "act_grad", "latent_grad"):
+        for case, report in of(reports, target, kernel).items():
+            assert report["loads_128"] > 0, case

@@ -1,6 +1,7 @@
 """From files of every kind to packed tokens."""
 
 import json
+from itertools import chain
 from pathlib import Path
 
 import pytest
@@ -68,7 +69,7 @@ def test_packing_keeps_every_token_in_order_with_eos_between_documents(tokenizer
             stream += [eos, *tokenizer(text, add_special_tokens=False)["input_ids"]]
     packed = tokenize(Dataset.from_dict({"text": TEXTS}), tokenizer, ctx_len=8)
     rows = packed["input_ids"]
-    assert sum(rows, []) == stream[: len(stream) // 8 * 8]
+    assert list(chain.from_iterable(rows)) == stream[: len(stream) // 8 * 8]
     assert all(len(row) == 8 for row in rows)
 
 
@@ -180,3 +181,17 @@ def test_hub_datasets_go_through_load_dataset_with_split_and_token(monkeypatch):
     monkeypatch.setattr("fastsae.data.load_dataset", lambda name, **options: calls.append((name, options)) or data)
     assert load_data("org/corpus", RunConfig(split="validation", hf_token="hf_x")) is data
     assert calls == [("org/corpus", {"split": "validation", "token": "hf_x"})]
+
+
+def test_splits_of_a_folder_are_kept_apart(tmp_path, tokenizer):
+    (tmp_path / "data").mkdir()
+    for split in ("train", "test"):
+        Dataset.from_dict({"text": [split]}).to_parquet(tmp_path / f"data/{split}-0.parquet")
+    for split in ("train", "test"):
+        assert load_data(str(tmp_path), RunConfig(split=split))["text"][:] == [split]
+    with pytest.raises(ArtifactError, match="nope"):
+        load_data(str(tmp_path), RunConfig(split="nope"))
+    with pytest.raises(ArtifactError, match="has the split train only, not 'test'"):
+        load_data(str(tmp_path / "data/train-0.parquet"), RunConfig(split="test"))
+    with pytest.raises(ArtifactError, match="expected text in column 'id', got int64"):
+        tokenize(Dataset.from_dict({"id": [1]}), tokenizer, ctx_len=4, text_column="id")

@@ -9,7 +9,7 @@ import pytest
 import torch
 from fastsae_kernels import configs, reference
 from fastsae_kernels.by_latent import by_latent
-from fastsae_kernels.latent_grad import coder_backward, decode_backward, encode_backward
+from fastsae_kernels.latent_grad import coder_backward, decode_backward, encode_backward, latent_grad
 from fastsae_kernels.testing import assert_no_worse
 from torch import Tensor
 
@@ -117,6 +117,18 @@ def test_relu_masks_what_the_encoder_gets(device):
     assert (d_acts[~masked] != 0).all()
 
 
+def test_pairs_outside_the_index_get_zero(device):
+    step = make_step((7, 16, 9, 4), device)
+    some = step.top_acts.clone()
+    some[::2] = 0
+    d_acts = latent_grad(
+        by_latent(step.top_indices, some, 9), (7, 4, 9, 16),
+        grad_out=step.grad, top_acts=step.top_acts, W_dec=step.W_dec, return_d_acts=True,
+    ).d_acts  # fmt: skip
+    assert d_acts is not None
+    assert torch.equal(d_acts, backward(step).d_acts.masked_fill(some == 0, 0.0))
+
+
 def test_latents_nobody_picked_get_exactly_zero(device):
     step = make_step((9, 40, 50, 3), device)
     picked = torch.zeros(50, dtype=torch.bool, device=device)
@@ -155,7 +167,7 @@ def test_rows_wider_than_the_registers(D, BLOCK_D, monkeypatch, device):
     if BLOCK_D:
         narrow = configs.LatentGradConfig(BLOCK_P=4, BLOCK_D=BLOCK_D, num_warps=1)
         module = importlib.import_module("fastsae_kernels.latent_grad")
-        monkeypatch.setattr(module, "latent_grad_config", lambda D: narrow)
+        monkeypatch.setattr(module, "latent_grad_config", lambda D, itemsize: narrow)
     step = make_step((3, D, 4, 3), device)
     grads = backward(step)
     assert_grads(grads, step)
@@ -170,7 +182,7 @@ def test_multi_k_takes_two_gradients(wide, monkeypatch, device):
     if wide:
         slabs = configs.LatentGradConfig(BLOCK_P=2, BLOCK_D=16, num_warps=1)
         module = importlib.import_module("fastsae_kernels.latent_grad")
-        monkeypatch.setattr(module, "latent_grad_config", lambda D: slabs)
+        monkeypatch.setattr(module, "latent_grad_config", lambda D, itemsize: slabs)
     step, first_k = make_step((9, 30, 12, 8), device), 3
     other = make_step((9, 30, 12, 1), device).grad
     few = step._replace(top_indices=step.top_indices[:, :first_k], top_acts=step.top_acts[:, :first_k])

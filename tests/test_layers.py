@@ -37,8 +37,10 @@ PACKAGES = {
     "fastsae": ROOT / "fastsae",
     "bench": ROOT / "fastsae/bench",
 }
-KERNELS_MAY_IMPORT = {"__future__", "torch", "triton", "typing", "os", "functools", "math", "dataclasses",
-                      "collections", "contextlib", "types", "json", "logging", "pathlib", "tempfile", "warnings"}  # fmt: skip
+KERNELS_MAY_IMPORT = {
+    *("__future__", "torch", "triton", "typing", "os", "functools", "math", "dataclasses", "collections"),
+    *("contextlib", "types", "json", "logging", "pathlib", "tempfile", "warnings"),
+}
 MAY_IMPORT_KERNELS = {"ops.py", "optim.py", "bench/cases.py"}
 MAY_IMPORT_HUGGING_FACE = {"hooks.py", "data.py", "model.py", "trainer.py", "coders.py", "cli.py", "demo/build.py"}
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from fastsae import FastSae, SaeConfig, TranscoderConfig
-from fastsae.errors import CheckpointError
+from fastsae.errors import CheckpointError, ConfigError
 
 
 def make(cfg: SaeConfig | None = None, d_in: int = 7, dtype=torch.float64, implementation="reference") -> FastSae:
@@ -99,6 +99,16 @@ def test_any_leading_shape(shape):
         out = sae(x)
         assert out.sae_out.shape == x.shape
         torch.testing.assert_close(out.sae_out, sae.decode(acts, indices))
+
+
+def test_other_widths_are_refused_and_empty_batches_are_fine():
+    sae = make()
+    for call in (sae, sae.encode):
+        with pytest.raises(ConfigError, match=r"expected x of width 7 for this coder, got shape \[14, 8\]"):
+            call(torch.randn(14, 8, dtype=torch.float64))
+    with pytest.raises(ConfigError, match=r"expected y of x's shape \[2, 7\], got \[3, 7\]"):
+        sae(torch.randn(2, 7, dtype=torch.float64), torch.randn(3, 7, dtype=torch.float64))
+    assert sae.encode(torch.zeros(0, 7, dtype=torch.float64)).top_acts.shape == (0, 4)
 
 
 def test_pre_acts_on_request():

@@ -28,9 +28,8 @@ def test_wandb_gets_config_and_values(tmp_path, monkeypatch):
     )
     module = types.SimpleNamespace(init=lambda **options: calls.append(options) or run)
     monkeypatch.setitem(sys.modules, "wandb", module)
-    tracker = Tracker(
-        tmp_path / "my-run" if (tmp_path / "my-run").mkdir() else tmp_path / "my-run", ("wandb",), {"k": 3}
-    )
+    (folder := tmp_path / "my-run").mkdir()
+    tracker = Tracker(folder, ("wandb",), {"k": 3})
     tracker.log(4, {"fvu": 0.5})
     tracker.close()
     assert calls == [{"project": "fastsae", "name": "my-run", "config": {"k": 3}}, (4, {"fvu": 0.5}), "finish"]

@@ -259,3 +259,37 @@ def test_runs_are_reproducible_bit_by_bit(tmp_path):
         trainer = Trainer(config(tmp_path / name, hookpoints=("h.1",)), token_rows(24, 16), make_model("gpt2"))
         files.append((trainer.fit(progress=False).folder / "h.1/sae.safetensors").read_bytes())
     assert files[0] == files[1]
+
+
+def test_weights_broken_by_the_last_update_are_not_saved(tmp_path):
+    trainer = Trainer(config(tmp_path, hookpoints=("h.0", "h.1"), lr=1e38), token_rows(4, 8), make_model("gpt2"))
+    with pytest.raises(NonFiniteError, match="h.0, step 1: expected finite weights"):
+        trainer.fit(progress=False)
+    assert not list(tmp_path.rglob("*.safetensors"))
+
+
+def test_the_logged_rate_is_the_one_used(tmp_path):
+    trainer = Trainer(config(tmp_path, hookpoints=("h.0",), lr=0.01), token_rows(4, 8), make_model("gpt2"))
+    folder = trainer.fit(progress=False).folder
+    assert json.loads((folder / "metrics.jsonl").read_text())["lr"] == pytest.approx(0.01)
+
+
+def test_nothing_to_train_on_saves_nothing(tmp_path):
+    rows = token_rows(24, 8).map(lambda row: {"input_ids": [7] * 8})
+    trainer = Trainer(config(tmp_path, hookpoints=("h.0",), exclude_tokens=(7,)), rows, make_model("gpt2"))
+    with pytest.raises(ArtifactError, match="all are excluded or masked"):
+        trainer.fit(progress=False)
+    assert not list(tmp_path.rglob("*.safetensors"))
+
+
+def test_tokens_of_another_model_are_refused(tmp_path):
+    rows = token_rows(4, 8).map(lambda row: {"input_ids": [5000] * 8})
+    with pytest.raises(ArtifactError, match="from 0 to 4095, got 5000 to 5000; was it tokenised for another model"):
+        Trainer(config(tmp_path, hookpoints=("h.0",)), rows, make_model("gpt2")).fit(progress=False)
+
+
+def test_run_names_stay_inside_the_folder(tmp_path):
+    cfg = TrainConfig(sae=SMALL, hookpoints=("h.0",), save_dir=str(tmp_path / "out"), run_name="../escaped")
+    with pytest.raises(ArtifactError, match="expected one folder name inside --save-dir"):
+        Trainer(cfg, token_rows(4, 8), make_model("gpt2")).fit(progress=False)
+    assert not (tmp_path / "escaped").exists()

@@ -108,9 +108,19 @@ def dot_precision(dtype: torch.dtype) -> str:
     return "ieee" if dtype == torch.float32 else "tf32"
 
 
+def best(k: int) -> int:
+    """Length of the sorted list that a select keeps per row."""
+    return max(16, triton.next_power_of_2(k))
+
+
 def window(k: int, extra: int) -> int:
-    """Candidates that a select sorts at a time: k, and ``extra`` for the members of a hidden group or two."""
-    return max(16, triton.next_power_of_2(k + extra))
+    """Candidates that a select looks at together: k, and ``extra`` for the members of a hidden group, in bounds."""
+    return min(256, max(16, triton.next_power_of_2(k + extra)))
+
+
+def list_length(k: int, extra: int) -> int:
+    """Scratch words of a row of a select."""
+    return window(k, extra) + max(best(k), window(k, extra))
 
 
 # ---- encoding ------------------------------------------------------------------------------------------------
@@ -165,7 +175,7 @@ def resolve_config(num_groups: int, k: int, group: int, family: str) -> ResolveC
     block_d = min(128, max(16, 4096 // width))
     if family == "interpreter":
         return ResolveConfig(width, 16, num_warps=1)
-    if num_groups > 8192 or width > 512:
+    if num_groups > 8192:
         return ResolveConfig(width, block_d, num_warps=16)
     return ResolveConfig(width, block_d, num_warps=4 if num_groups <= 2048 and width <= 128 else 8)
 
@@ -227,13 +237,14 @@ def decode_config(D: int, L: int, k: int, itemsize: int) -> DecodeConfig:
     return DecodeConfig(min(8, triton.next_power_of_2(k)), BLOCK_D, num_warps=max(1, BLOCK_D // 128))
 
 
-def latent_grad_config(D: int) -> LatentGradConfig:
-    """The whole row in registers up to 8192 columns; beyond, slabs of 4096."""
+def latent_grad_config(D: int, itemsize: int) -> LatentGradConfig:
+    """The whole row in registers up to 8192 columns; beyond, slabs of 4096. Wide float32 rows come one at a time."""
     BLOCK_D = max(16, triton.next_power_of_2(D))
     if BLOCK_D <= 1024:
         return LatentGradConfig(max(2, 512 // BLOCK_D), BLOCK_D, num_warps=max(1, BLOCK_D // 256))
+    BLOCK_P = 1 if itemsize == 4 else 2
     if BLOCK_D == 2048:
-        return LatentGradConfig(2, BLOCK_D, num_warps=4)
+        return LatentGradConfig(BLOCK_P, BLOCK_D, num_warps=4)
     if BLOCK_D == 8192:
         return LatentGradConfig(1, BLOCK_D, num_warps=16)
-    return LatentGradConfig(2, 4096, num_warps=8)
+    return LatentGradConfig(BLOCK_P, 4096, num_warps=8)

@@ -9,7 +9,6 @@ import os
 from dataclasses import dataclass
 
 import torch
-import triton
 
 from . import configs
 

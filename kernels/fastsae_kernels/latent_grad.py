@@ -142,7 +142,7 @@ def latent_grad(
     ``first_k`` (Multi-TopK): grad_out is [2, N, D], for the slots below ``first_k`` and for the rest.
     """
     N, K, L, D = shape
-    config = latent_grad_config(D)
+    config = latent_grad_config(D, max(t.element_size() for t in (grad_out, x) if t is not None))
     made_here = d_acts is None and config.BLOCK_D >= D
     if d_acts is None and not made_here:
         d_acts = act_grad(grad_out, top_indices, W_dec, first_k=first_k, grad_scale=grad_scale)

@@ -90,18 +90,18 @@ def _publish_row(
 def _resolve_kernel(
     x_ptr, weight_ptr, bias_ptr, mask_ptr, maxima_ptr, list_ptr, acts_ptr, indices_ptr,
     D, L, num_groups,
-    K: tl.constexpr, P: tl.constexpr, SPAN: tl.constexpr, WINDOW: tl.constexpr, BLOCK_D: tl.constexpr,
-    GROUP: tl.constexpr, STRIDE: tl.constexpr, HAS_MASK: tl.constexpr,
+    K: tl.constexpr, BEST: tl.constexpr, P: tl.constexpr, SPAN: tl.constexpr,
+    WINDOW: tl.constexpr, BLOCK_D: tl.constexpr, GROUP: tl.constexpr, STRIDE: tl.constexpr, HAS_MASK: tl.constexpr,
 ):  # fmt: skip
     """One program per token: the top K of a row of group maxima, re-scoring where a group hides members."""
     row = tl.program_id(0).to(tl.int64)
     maxima_ptr += row * (2 * num_groups)
-    list_ptr += row * (2 * WINDOW)
+    list_ptr += row * (WINDOW + max(BEST, WINDOW))
     first, bound, _ = _load_maxima(maxima_ptr, tl.arange(0, P), num_groups, GROUP, STRIDE)
-    threshold = row_threshold(first, GROUP, K, WINDOW)
+    threshold = row_threshold(first, GROUP, K, BEST)
     num_singles, num_hidden = count_candidates(first, bound, threshold)
     total = num_singles + num_hidden * GROUP
-    best = tl.zeros((WINDOW,), tl.int64)
+    best = tl.zeros((BEST,), tl.int64)
     begin = tl.full((), 0, tl.int32)
     while begin < total:
         _publish_row(begin, threshold, num_singles, maxima_ptr, num_groups, list_ptr, GROUP, STRIDE, SPAN, WINDOW)
@@ -115,14 +115,14 @@ def _resolve_kernel(
             group = cols // (STRIDE * GROUP) * STRIDE + cols % STRIDE
             keys = tl.load(maxima_ptr + group, mask=exists, other=0)
         ranks = tl.where(exists & (keys >= GROUP), pack_rank(keys, cols), 0)
-        best = keep_best(best, ranks, begin, list_ptr, K, WINDOW)
+        best = keep_best(best, ranks, begin, list_ptr, K)
         is_member = begin + tl.arange(0, WINDOW) >= num_singles
         begin += WINDOW
         if begin >= num_singles:  # hidden groups come block by block: a flood of NaN ends here, nothing ranks above it
             block = tl.max(tl.where(is_member & exists, cols // (STRIDE * GROUP), 0), axis=0) * (STRIDE * GROUP)
-            if kth_best(best, K, WINDOW) > pack_rank(tl.full((), NAN_KEY, tl.int32), block):
+            if kth_best(best, K) > pack_rank(tl.full((), NAN_KEY, tl.int32), block):
                 begin = total
-    write_row(best, acts_ptr + row * K, indices_ptr + row * K, K, WINDOW)
+    write_row(best, acts_ptr + row * K, indices_ptr + row * K, K)
 
 
 def resolve(
@@ -140,7 +140,7 @@ def resolve(
     (N, D), L = x.shape, weight.shape[0]
     num_groups = config.num_groups(L)
     rows = configs.resolve_config(num_groups, k, config.GROUP, configs.gpu_family(x.device))
-    lists = torch.empty((N, 2, rows.WINDOW), dtype=torch.int64, device=x.device)
+    lists = torch.empty((N, configs.list_length(k, config.GROUP)), dtype=torch.int64, device=x.device)
     _resolve_kernel[(N,)](
         x, weight, bias, latent_mask, maxima, lists, acts, indices,
         D, L, num_groups,
@@ -156,6 +156,7 @@ def resolve_constexprs(
     P = triton.next_power_of_2(config.num_groups(L))
     return {
         "K": k,
+        "BEST": configs.best(k),
         "P": P,
         "SPAN": min(P, 1024),
         "WINDOW": rows.WINDOW,

@@ -12,7 +12,7 @@ not raised to FLOOR, K keys reach it already, so every positive member of the to
 ``bound < t`` can contribute its maximum only: a *single*. A group with ``bound >= t`` may hide further members: all
 its members are looked at again.
 Singles and members of hidden groups are therefore a superset of the positive top K, for any distribution and any
-number of ties. They pass through a sorted list of the best ones, WINDOW at a time, so that no buffer can overflow.
+number of ties. They pass through a sorted list of the BEST >= K best ones, WINDOW at a time: no buffer can overflow.
 What is missing to K is filled with zeros at the smallest columns that are left; K columns always suffice for that.
 
 Among random scores about K² / 2P groups per row are hidden, so that the second look costs little. Ties are decided
@@ -38,12 +38,12 @@ def group_column(group, member, STRIDE, GROUP):
 
 
 @triton.jit
-def row_threshold(first, FLOOR: tl.constexpr, K: tl.constexpr, WINDOW: tl.constexpr):
+def row_threshold(first, FLOOR: tl.constexpr, K: tl.constexpr, BEST: tl.constexpr):
     """The K-th largest of ``first`` [P], at least FLOOR."""
     P: tl.constexpr = first.shape[0]
     lo = tl.full((), 0, tl.int32)
-    if P >= WINDOW:  # WINDOW >= K parts: the least of their maxima is reached by at least K groups
-        lo = tl.min(tl.max(tl.reshape(first, (WINDOW, P // WINDOW)), axis=1), axis=0)
+    if P >= BEST:  # BEST >= K parts: the least of their maxima is reached by at least K groups
+        lo = tl.min(tl.max(tl.reshape(first, (BEST, P // BEST)), axis=1), axis=0)
     return tl.maximum(kth_largest(first, lo, tl.max(first, axis=0), K), FLOOR)
 
 
@@ -88,10 +88,10 @@ def window_columns(begin, num_singles, num_hidden, list_ptr, L, STRIDE, GROUP, W
 
 
 @triton.jit
-def _count_larger(ranks, others_ptr, end, WINDOW: tl.constexpr):
-    """For each of ``ranks`` [WINDOW], how many of the ``end`` ranks at ``others_ptr`` are larger."""
+def _count_larger(ranks, others_ptr, end):
+    """For each of ``ranks``, how many of the ``end`` (a multiple of 16) ranks at ``others_ptr`` are larger."""
     offs = tl.arange(0, 16)
-    count = tl.zeros((WINDOW,), tl.int32)
+    count = tl.zeros(ranks.shape, tl.int32)
     i = tl.full((), 0, tl.int32)
     while i < end:
         others = tl.load(others_ptr + i + offs)
@@ -101,54 +101,57 @@ def _count_larger(ranks, others_ptr, end, WINDOW: tl.constexpr):
 
 
 @triton.jit
-def keep_best(best, ranks, begin, list_ptr, K: tl.constexpr, WINDOW: tl.constexpr):
-    """The WINDOW largest of ``best`` (descending) and ``ranks`` (any order, none of them in ``best``), descending.
+def keep_best(best, ranks, begin, list_ptr, K: tl.constexpr):
+    """The largest of ``best`` [BEST] (descending) and ``ranks`` [WINDOW] (any order, none in ``best``), descending.
 
     Every rank goes to the place that counting the larger ones gives it: for the few there are, this needs far
-    fewer barriers than a sorting network. ``list_ptr`` int64 [2, WINDOW] is scratch. Does nothing where no rank is
-    better than the K-th best.
+    fewer barriers than a sorting network. ``list_ptr`` int64 [WINDOW + BEST] is scratch; ``begin == 0`` says that
+    ``best`` is empty. Does nothing where no rank is better than the K-th best.
     """
-    if (begin == 0) | (tl.max(ranks, axis=0) > kth_best(best, K, WINDOW)):
-        slots = tl.arange(0, WINDOW)
+    WINDOW: tl.constexpr = ranks.shape[0]
+    BEST: tl.constexpr = best.shape[0]
+    if (begin == 0) | (tl.max(ranks, axis=0) > kth_best(best, K)):
+        slots = tl.arange(0, BEST)
         tl.debug_barrier()
-        tl.store(list_ptr + slots, ranks)
+        tl.store(list_ptr + tl.arange(0, WINDOW), ranks)
         tl.store(list_ptr + WINDOW + slots, best)
         tl.debug_barrier()
-        place = _count_larger(ranks, list_ptr, tl.where(begin == 0, WINDOW, 2 * WINDOW), WINDOW)
-        best_place = slots + _count_larger(best, list_ptr, tl.where(begin == 0, 0, WINDOW), WINDOW)
+        place = _count_larger(ranks, list_ptr, tl.where(begin == 0, WINDOW, WINDOW + BEST))
+        best_place = slots + _count_larger(best, list_ptr, tl.where(begin == 0, 0, WINDOW))
         num_ranks = tl.sum((ranks > 0).to(tl.int32), axis=0) + tl.sum((best > 0).to(tl.int32), axis=0)
         tl.debug_barrier()
-        tl.store(list_ptr + place, ranks, mask=(ranks > 0) & (place < WINDOW))
-        tl.store(list_ptr + best_place, best, mask=(best > 0) & (best_place < WINDOW))
+        tl.store(list_ptr + place, ranks, mask=(ranks > 0) & (place < BEST))
+        tl.store(list_ptr + best_place, best, mask=(best > 0) & (best_place < BEST))
         tl.debug_barrier()
         best = tl.load(list_ptr + slots, mask=slots < num_ranks, other=0)
     return best
 
 
 @triton.jit
-def kth_best(best, K: tl.constexpr, WINDOW: tl.constexpr):
+def kth_best(best, K: tl.constexpr):
     """The K-th of descending ranks, 0 if there are fewer."""
-    return tl.max(tl.where(tl.arange(0, WINDOW) == K - 1, best, 0), axis=0)
+    return tl.max(tl.where(tl.arange(0, best.shape[0]) == K - 1, best, 0), axis=0)
 
 
 @triton.jit
-def write_row(best, acts_ptr, indices_ptr, K: tl.constexpr, WINDOW: tl.constexpr):
+def write_row(best, acts_ptr, indices_ptr, K: tl.constexpr):
     """Write K activations and indices of one row; zeros at the smallest unused columns where ``best`` has fewer."""
+    BEST: tl.constexpr = best.shape[0]
     keys = rank_key(best)
     columns = rank_column(best)
-    slots = tl.arange(0, WINDOW)
+    slots = tl.arange(0, BEST)
     found = (keys > 0) & (slots < K)
     num_found = tl.sum(found.to(tl.int32), axis=0)
     if num_found < K:  # the row of indices first serves as a row of flags: which of the columns 0..K-1 are taken
-        tl.store(indices_ptr + slots, tl.zeros((WINDOW,), tl.int64), mask=slots < K)
+        tl.store(indices_ptr + slots, tl.zeros((BEST,), tl.int64), mask=slots < K)
         tl.debug_barrier()
-        tl.store(indices_ptr + columns, tl.full((WINDOW,), 1, tl.int64), mask=found & (columns < K))
+        tl.store(indices_ptr + columns, tl.full((BEST,), 1, tl.int64), mask=found & (columns < K))
         tl.debug_barrier()
         free = (tl.load(indices_ptr + slots, mask=slots < K, other=1) == 0) & (slots < K)
         tl.debug_barrier()
         slot = num_found + tl.cumsum(free.to(tl.int32), axis=0) - 1
         tl.store(indices_ptr + slot, slots.to(tl.int64), mask=free & (slot < K))
-        tl.store(acts_ptr + slot, tl.zeros((WINDOW,), tl.float32), mask=free & (slot < K))
+        tl.store(acts_ptr + slot, tl.zeros((BEST,), tl.float32), mask=free & (slot < K))
     tl.store(indices_ptr + slots, columns.to(tl.int64), mask=found)
     tl.store(acts_ptr + slots, keys.to(tl.float32, bitcast=True), mask=found)
 
@@ -169,7 +172,8 @@ def _stored_keys(scores_ptr, bias_ptr, mask_ptr, offs, mask, HAS_BIAS: tl.conste
 def _select_kernel(
     scores_ptr, bias_ptr, mask_ptr, list_ptr, acts_ptr, indices_ptr,
     L, GROUP,
-    K: tl.constexpr, WINDOW: tl.constexpr, LANES: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_MASK: tl.constexpr,
+    K: tl.constexpr, BEST: tl.constexpr, WINDOW: tl.constexpr, LANES: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_MASK: tl.constexpr,
 ):  # fmt: skip
     """One program per row: group g holds the columns g + i·LANES, i < GROUP."""
     row = tl.program_id(0).to(tl.int64)
@@ -184,10 +188,10 @@ def _select_kernel(
         second = tl.maximum(second, tl.minimum(first, keys))
         member = tl.where(keys > first, i, member)
         first = tl.maximum(first, keys)
-    threshold = row_threshold(first, 1, K, WINDOW)
+    threshold = row_threshold(first, 1, K, BEST)
     num_singles, num_hidden = count_candidates(first, second, threshold)
-    list_ptr += row * (2 * WINDOW)
-    best = tl.zeros((WINDOW,), tl.int64)
+    list_ptr += row * (WINDOW + max(BEST, WINDOW))
+    best = tl.zeros((BEST,), tl.int64)
     begin = tl.full((), 0, tl.int32)
     while begin < num_singles + num_hidden * GROUP:
         tl.debug_barrier()  # the list's last readers are done
@@ -198,9 +202,9 @@ def _select_kernel(
         columns, exists = window_columns(begin, num_singles, num_hidden, list_ptr, L, LANES, GROUP, WINDOW)
         keys = _stored_keys(scores_ptr, bias_ptr, mask_ptr, columns, exists, HAS_BIAS, HAS_MASK)
         ranks = tl.where(exists & (keys > 0), pack_rank(keys, columns), 0)
-        best = keep_best(best, ranks, begin, list_ptr, K, WINDOW)
+        best = keep_best(best, ranks, begin, list_ptr, K)
         begin += WINDOW
-    write_row(best, acts_ptr + row * K, indices_ptr + row * K, K, WINDOW)
+    write_row(best, acts_ptr + row * K, indices_ptr + row * K, K)
 
 
 def select(pre_acts: Tensor, k: int, activation: str = "topk") -> Tensor:
@@ -241,7 +245,7 @@ def select_scores(
         return
     config = configs.select_config(L, k, scores.device)
     constexprs = select_constexprs(k, config, has_bias=bias is not None, has_mask=latent_mask is not None)
-    lists = torch.empty((N, 2, constexprs["WINDOW"]), dtype=torch.int64, device=scores.device)
+    lists = torch.empty((N, configs.list_length(k, 16)), dtype=torch.int64, device=scores.device)
     _select_kernel[(N,)](
         scores, bias, latent_mask, lists, acts, indices,
         L, triton.cdiv(L, config.LANES),
@@ -263,6 +267,7 @@ def select_constexprs(k: int, config: configs.SelectConfig, *, has_bias: bool, h
     """What `_select_kernel` is compiled for."""
     return {
         "K": k,
+        "BEST": configs.best(k),
         "WINDOW": configs.window(k, 16),
         "LANES": config.LANES,
         "HAS_BIAS": has_bias,
