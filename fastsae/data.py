@@ -72,7 +72,8 @@ def tokenize(
     kind = getattr(data.features[text_column], "dtype", None)
     if kind not in ("string", "large_string"):
         raise ArtifactError(
-            f"dataset: expected text in column {text_column!r}, got {kind or 'lists'}; choose another with --text-column"
+            f"dataset: expected text in column {text_column!r}, got {kind or 'lists'}; "
+            "choose another with --text-column"
         )
     separator = next((i for i in (tokenizer.eos_token_id, tokenizer.sep_token_id) if i is not None), None)
     packed = data.map(

@@ -1,7 +1,7 @@
 """Every shipped config, compiled for GPUs that need not be there: registers, spills, memory, instructions.
 
 `aot.py` compiles in processes of its own, one half of the targets each, for the interpreter must be off there.
-The table of registers is what Triton 3.6 and 3.9 gave, rounded up: a change that needs more should be seen.
+The table of registers is what Triton 3.9 gave, rounded up: a change that needs more should be seen.
 """
 
 from __future__ import annotations
