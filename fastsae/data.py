@@ -128,6 +128,8 @@ def load_tokens(
 def context_length(wanted: int, tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig) -> int:
     """``wanted``, lowered to what tokenizer and model can take, out loud."""
     positions = getattr(config.get_text_config(), "max_position_embeddings", None) or wanted
+    if "roberta" in config.model_type and config.pad_token_id is not None:  # its positions start behind the padding's
+        positions -= config.pad_token_id + 1
     possible = min(wanted, tokenizer.model_max_length, positions)
     if possible < wanted:
         logger.info("ctx_len: %d lowered to %d, the most this model can take", wanted, possible)

@@ -79,9 +79,10 @@ def layer_hookpoints(model: PreTrainedModel, layers: Sequence[int] = ()) -> list
 
 
 def probe(model: PreTrainedModel, names: Sequence[str]) -> dict[str, Hookpoint]:
-    """Run the model once on two tokens and look at what each named module takes and gives.
+    """Run the model on two tokens, then on three, and look at what each named module takes and gives.
 
-    Modules that are not called, or give no float tensor with a feature axis, are left out.
+    Left out are modules that are not called, give no float tensor, or one whose last axis follows the number of
+    tokens: attention weights are no features.
     """
     shapes: dict[str, tuple[int | None, int]] = {}
     calls: Counter[str] = Counter()
@@ -90,7 +91,15 @@ def probe(model: PreTrainedModel, names: Sequence[str]) -> dict[str, Hookpoint]:
         shapes[name] = (None if inputs is None else inputs.shape[-1], output.shape[-1])
         calls[name] += 1
 
-    run_hooked(model, torch.zeros(1, 2, dtype=torch.long, device=model.device), dict.fromkeys(names, 0), look)
+    def widths(tokens: int) -> dict[str, int]:
+        shapes.clear()
+        calls.clear()
+        ids = torch.zeros(1, tokens, dtype=torch.long, device=model.device)
+        run_hooked(model, ids, dict.fromkeys(names, 0), look)
+        return {name: width for name, (_, width) in shapes.items()}
+
+    two, three = widths(2), widths(3)
+    shapes = {name: shape for name, shape in shapes.items() if two.get(name) == three[name]}
     return {
         name: Hookpoint(name, type(model.base_model.get_submodule(name)).__name__, *shapes[name], calls[name])
         for name in names

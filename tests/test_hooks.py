@@ -53,6 +53,14 @@ def test_modules_without_a_float_output_are_left_out():
     assert "h" not in probe(model, ["h", "h.0"])  # a ModuleList is never called
 
 
+def test_attention_weights_are_no_features():
+    from transformers import BloomConfig, BloomModel
+
+    model = BloomModel(BloomConfig(vocab_size=64, hidden_size=16, n_layer=1, n_head=2)).eval()
+    found = probe(model, ["h.0.self_attention.attention_dropout", "h.0.self_attention"])
+    assert {name: at.d_out for name, at in found.items()} == {"h.0.self_attention": 16}
+
+
 @pytest.mark.parametrize(
     ("architecture", "names"),
     [
