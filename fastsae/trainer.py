@@ -66,8 +66,9 @@ class Trainer:
         """Train to the end of the dataset, save, measure on the held-out sequences."""
         start = time.perf_counter()
         self.folder = create_run_folder(self.cfg, self._model_name())
-        write_json(self.folder / "config.json", {**self.cfg.to_dict(), **self.origin})
-        tracker = Tracker(self.folder, self.cfg.log_to, {**self.cfg.to_dict(), **self.origin})
+        config = {**self.cfg.to_dict(), **self.origin}
+        write_json(self.folder / "config.json", config)
+        tracker = Tracker(self.folder, self.cfg.log_to, config)
         try:
             with TrainProgress(self.total_steps, progress) as bar:
                 for batches in self._steps():
@@ -78,7 +79,7 @@ class Trainer:
                         values["tokens_per_second"] = self.tokens / (time.perf_counter() - start)
                         tracker.log(self.step, values)
                         bar.show(values["tokens_per_second"], values["fvu"])
-                    if self.step % self.cfg.save_every == 0 and self.tokens:
+                    if self.step % self.cfg.save_every == 0 and self.step < self.total_steps and self.tokens:
                         self.save()
             if self.tokens == 0:
                 raise ArtifactError(
