@@ -106,6 +106,39 @@ def bench(**options: Any) -> None:
     raise typer.Exit(bench(build(BenchConfig, options)))
 
 
+@app.command()
+def convert(
+    source: Annotated[str, typer.Argument(help="Folder, file or hub repository with coders of any known format.")],
+    folder: Annotated[str, typer.Argument(help="New folder to write.")],
+    to: Annotated[
+        str, typer.Option(help="sparsify, saelens, dictionary_learning, openai or circuit_tracer.", metavar="FORMAT")
+    ],
+    hookpoint: Annotated[str | None, typer.Option(help="Only the coder of this name.", show_default=False)] = None,
+    force: Annotated[bool, typer.Option("--force", help="Write it even where something is lost.")] = False,
+) -> None:
+    """Convert coders from one library's format to another's; the input's format is found out.
+
+    [bold]fastsae convert checkpoints/run ./for-saelens --to saelens[/]
+    """
+    from .compat.convert import convert
+
+    names, lost = convert(source, folder, to, hookpoint=hookpoint, force=force)
+    console = Console(soft_wrap=True, highlight=False)
+    for reason in lost:
+        console.print(f"[yellow]lost:[/] {_escape(reason)}")
+    console.print(f"{len(names)} {'coder' if len(names) == 1 else 'coders'} written to {_escape(folder)} as {to}")
+
+
+@app.command()
+def info(
+    source: Annotated[str, typer.Argument(help="Folder, file or hub repository with coders of any known format.")],
+) -> None:
+    """Show what coders are: format, shapes, dtype, hookpoint, model, provenance."""
+    from .compat.info import info_table
+
+    Console().print(info_table(source))
+
+
 def _show_progress_notes(level: int = logging.INFO) -> None:
     """One-line notes on stderr; the libraries below keep their warnings to themselves."""
     notes = logging.getLogger("fastsae")

@@ -26,16 +26,28 @@ FLOORS = {
         "sae hooks data model",
         "coders optim metrics",
         "trainer",
-        "run bench",
+        "run bench compat",
         "cli __init__",
         "__main__",
     ],
     "bench": ["__init__", "shapes timing", "truth", "cases report", "run"],
+    "compat": [
+        "__init__ hook_names files",
+        "coder",
+        "fitting",
+        "formats",
+        "convert",
+        "info",
+    ],
+    "formats": ["__init__ sparsify saelens dictionary_learning openai circuit_tracer"],
 }
+WITHIN = {"bench": ["fastsae"], "compat": ["fastsae"], "formats": ["compat", "fastsae"]}
 PACKAGES = {
     "fastsae_kernels": ROOT / "kernels/fastsae_kernels",
     "fastsae": ROOT / "fastsae",
     "bench": ROOT / "fastsae/bench",
+    "compat": ROOT / "fastsae/compat",
+    "formats": ROOT / "fastsae/compat/formats",
 }
 KERNELS_MAY_IMPORT = {
     *("__future__", "torch", "triton", "typing", "os", "functools", "math", "dataclasses", "collections"),
@@ -60,15 +72,17 @@ def floors(package: str) -> dict[str, int]:
 
 @pytest.mark.parametrize("package", FLOORS)
 def test_imports_point_down(package):
-    floor, outer = floors(package), floors("fastsae")
+    floor, chain = floors(package), [package, *WITHIN.get(package, [])]
     for path in PACKAGES[package].glob("*.py"):
         assert path.stem in floor, f"{path.name} has no floor; give it one"
         for level, module, names in imports(path):
             for target in [module] if module else names:
                 if level == 1:
                     assert floor[target] < floor[path.stem], f"{package}: {path.stem} -> {target} points up"
-                elif level == 2:
-                    assert outer[target] < outer[package], f"{package}: {path.stem} -> fastsae.{target} points up"
+                elif level > 1:
+                    outer, inner = chain[level - 1], chain[level - 2]
+                    above = floors(outer)
+                    assert above[target] < above[inner], f"{package}: {path.stem} -> {outer}.{target} points up"
 
 
 def test_kernels_stand_alone():
