@@ -16,13 +16,18 @@ if TYPE_CHECKING:
     from .config import RunConfig, SaeConfig, TrainConfig, TranscoderConfig
     from .data import load_tokens, tokenize
     from .errors import FastsaeError
+    from .eval.config import EvalConfig
+    from .eval.evaluate import evaluate
+    from .eval.result import Evaluation
     from .hooks import resolve_hookpoints
-    from .model import load_model, load_tokenizer
+    from .model import load_language_model, load_model, load_tokenizer
     from .progress import RunSummary
     from .sae import FastSae, ForwardOutput
     from .trainer import Trainer
 
 _HOME = {
+    "EvalConfig": "eval.config",
+    "Evaluation": "eval.result",
     "FastSae": "sae",
     "FastsaeError": "errors",
     "ForwardOutput": "sae",
@@ -32,6 +37,8 @@ _HOME = {
     "TrainConfig": "config",
     "Trainer": "trainer",
     "TranscoderConfig": "config",
+    "evaluate": "eval.evaluate",
+    "load_language_model": "model",
     "load_model": "model",
     "load_tokenizer": "model",
     "load_tokens": "data",
@@ -40,6 +47,8 @@ _HOME = {
 }
 
 __all__ = [
+    "EvalConfig",
+    "Evaluation",
     "FastSae",
     "FastsaeError",
     "ForwardOutput",
@@ -50,6 +59,8 @@ __all__ = [
     "Trainer",
     "TranscoderConfig",
     "__version__",
+    "evaluate",
+    "load_language_model",
     "load_model",
     "load_tokenizer",
     "load_tokens",

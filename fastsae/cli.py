@@ -15,6 +15,7 @@ from rich.table import Table
 from .bench.shapes import BenchConfig
 from .config import RunConfig, SaeConfig, TrainConfig
 from .errors import FastsaeError
+from .eval.config import EvalConfig
 from .options import build, normalise, with_options
 from .version import __version__
 
@@ -28,11 +29,19 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 CONFIGS = (SaeConfig, TrainConfig, RunConfig)
+OPTIONS = {
+    "train": CONFIGS,
+    "hookpoints": (RunConfig,),
+    "bench": (BenchConfig,),
+    "eval": (EvalConfig, RunConfig),
+}
+"""The configs behind each command's options."""
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Entry point: a user's mistake is one line on stderr and exit code 2."""
-    arguments = normalise(sys.argv[1:] if arguments is None else arguments, (*CONFIGS, BenchConfig))
+    arguments = sys.argv[1:] if arguments is None else arguments
+    arguments = normalise(arguments, OPTIONS.get(arguments[0], ()) if arguments else ())
     try:
         app(arguments)
     except FastsaeError as error:
@@ -92,6 +101,29 @@ def hookpoints(
     for at in probe(base, names).values():
         table.add_row(at.name, at.module, "-" if at.d_in is None else str(at.d_in), str(at.d_out))
     Console().print(table)
+
+
+@app.command(name="eval")
+@with_options(*OPTIONS["eval"])
+def evaluate(
+    coders: Annotated[str, typer.Argument(help="A run's folder, one coder's folder, or a hub id.")],
+    model: Annotated[
+        str | None, typer.Argument(help="Hub id or folder of the model; by default the run's.", show_default=False)
+    ] = None,
+    dataset: Annotated[
+        str | None,
+        typer.Argument(help="Other data than what the run held out of its own.", show_default=False),
+    ] = None,
+    **options: Any,
+) -> None:
+    """Measure coders: variance explained, sparsity, and the model's loss with them grafted in.
+
+    [bold]fastsae eval checkpoints/my-run gpt2[/]
+    """
+    from .eval.run import eval_run
+
+    _show_progress_notes()
+    eval_run(coders, model, dataset, options)
 
 
 @app.command()

@@ -185,10 +185,10 @@ class RunConfig:
     """Tokens per sequence; lowered to what the model can take."""
 
     max_examples: int | None = None
-    """Train on at most this many sequences."""
+    """Take at most this many sequences."""
 
     max_tokens: int | None = None
-    """Train on at most this many tokens."""
+    """Take at most this many tokens."""
 
     shuffle_seed: int = 42
     """Seed of the order of the sequences."""

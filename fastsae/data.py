@@ -75,12 +75,11 @@ def tokenize(
             f"dataset: expected text in column {text_column!r}, got {kind or 'lists'}; "
             "choose another with --text-column"
         )
-    separator = next((i for i in (tokenizer.eos_token_id, tokenizer.sep_token_id) if i is not None), None)
     packed = data.map(
         _pack,
         fn_kwargs={
             "tokenizer": tokenizer, "column": text_column, "ctx_len": ctx_len,
-            "separator": [] if separator is None else [separator],
+            "separator": document_start(tokenizer),
         },
         batched=True,
         batch_size=2048,
@@ -123,6 +122,17 @@ def load_tokens(
     if run.max_tokens is not None and limit:
         limit = min(limit, max(1, run.max_tokens // len(data[0]["input_ids"])))
     return data.select(range(limit))
+
+
+def document_start(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The token that stands before each document in packed text: EOS, else SEP, else none."""
+    separator = next((i for i in (tokenizer.eos_token_id, tokenizer.sep_token_id) if isinstance(i, int)), None)
+    return [] if separator is None else [separator]
+
+
+def held_out_sequences(wanted: int, rows: int) -> int:
+    """How many sequences at the end of a dataset of ``rows`` a run keeps out of training."""
+    return min(wanted, rows // 20)
 
 
 def context_length(wanted: int, tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig) -> int:

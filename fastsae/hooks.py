@@ -1,15 +1,16 @@
-"""Reading a model's activations as they appear: hookpoint names, widths, capture with early stop.
+"""Reading and replacing a model's activations as they appear: hookpoint names, widths, capture, grafting.
 
-Shapes: B sequences, S tokens each, D width of a module's input or output. Names are relative to the base
-model (``h.0.mlp.act``, ``layers.3``), in natural order.
+Shapes: B sequences, S tokens each, D width of a module's input or output, V vocabulary. Names are relative to
+the base model (``h.0.mlp.act``, ``layers.3``), in natural order.
 """
 
 from __future__ import annotations
 
+import copy
 import difflib
 import inspect
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from fnmatch import fnmatchcase
 from typing import NamedTuple
@@ -23,6 +24,9 @@ from .errors import HookpointError
 
 Callback = Callable[[str, Tensor | None, Tensor], None]
 """Called as ``callback(name, input [B, S, D_in] or None, output [B, S, D])``, once per module call."""
+
+Replacement = Callable[[Tensor | None, Tensor], Tensor]
+"""``replacement(input [B, S, D_in] or None, output [B, S, D]) -> [B, S, D]``, what the module gives instead."""
 
 
 class Hookpoint(NamedTuple):
@@ -134,12 +138,43 @@ def run_hooked(
         return hook
 
     base = model.base_model
-    options: dict[str, Tensor | bool] = {} if attention_mask is None else {"attention_mask": attention_mask}
-    if "use_cache" in inspect.signature(base.forward).parameters:
-        options["use_cache"] = False
     hooks = {name: make_hook(name) for name in calls}
     with suppress(_Stop), _hooked(hooks, base), _eval_mode(base), torch.no_grad():
-        base(input_ids=input_ids, **options)
+        base(input_ids=input_ids, **_forward_options(base, attention_mask))
+
+
+def run_replaced(
+    model: PreTrainedModel,
+    input_ids: Tensor,  # [B, S], int64
+    replacements: Mapping[str, Replacement],
+    attention_mask: Tensor | None = None,  # [B, S]
+) -> Tensor:  # [B, S, V]
+    """The logits of a model with an LM head, where each named module's output is what its replacement returns.
+
+    Only the tensor that :func:`run_hooked` shows is replaced: what else a module returns (attention weights, a
+    cache) passes through, so that ``lambda x, y: y`` changes nothing. Eval mode, no gradients, no KV cache; the
+    model is left as it was found, also after an exception.
+    """
+
+    def make_hook(replace: Replacement):
+        def hook(_module, args, kwargs, output):
+            tensor = _first_tensor(output)
+            if tensor is None:
+                return None
+            return _with_first_tensor(output, replace(_first_tensor(args) if args else _first_tensor(kwargs), tensor))
+
+        return hook
+
+    hooks = {name: make_hook(replace) for name, replace in replacements.items()}
+    with _hooked(hooks, model.base_model), _eval_mode(model), torch.no_grad():
+        return model(input_ids=input_ids, **_forward_options(model, attention_mask)).logits
+
+
+def _forward_options(model: nn.Module, attention_mask: Tensor | None) -> dict[str, Tensor | bool]:
+    options: dict[str, Tensor | bool] = {} if attention_mask is None else {"attention_mask": attention_mask}
+    if "use_cache" in inspect.signature(model.forward).parameters:
+        options["use_cache"] = False
+    return options
 
 
 def _first_tensor(value) -> Tensor | None:
@@ -151,6 +186,20 @@ def _first_tensor(value) -> Tensor | None:
     if isinstance(value, (tuple, list)):
         return next((tensor for item in value if (tensor := _first_tensor(item)) is not None), None)
     return None
+
+
+def _with_first_tensor(value, new: Tensor):
+    """``value`` with ``new`` in place of what :func:`_first_tensor` finds in it; ``value`` itself is not changed."""
+    if isinstance(value, Tensor):
+        return new
+    if isinstance(value, dict):
+        changed = copy.copy(value)
+        key = next(key for key in ("hidden_states", *value) if _first_tensor(value.get(key)) is not None)
+        changed[key] = _with_first_tensor(value[key], new)
+        return changed
+    at = next(i for i, item in enumerate(value) if _first_tensor(item) is not None)
+    items = [_with_first_tensor(item, new) if i == at else item for i, item in enumerate(value)]
+    return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
 
 
 @contextmanager

@@ -4,10 +4,23 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+)
 
 from . import demo
 from .config import RunConfig
@@ -59,6 +72,37 @@ def load_model(name: str, run: RunConfig) -> PreTrainedModel:
             "load its encoder yourself and pass it to fastsae.Trainer"
         )
     return model.to(device).eval().requires_grad_(False)
+
+
+def load_language_model(name: str, run: RunConfig) -> PreTrainedModel:
+    """The same model with its LM head, for losses in the model; raises :class:`ArtifactError` where it has none."""
+    config = load_config(name, run)
+    if not is_causal(config):
+        raise ArtifactError(f"model: expected a causal language model, got {name!r}, of type {config.model_type}")
+    device = resolve_device(run.device)
+    dtype = resolve_dtype(run.dtype, device)
+    logger.info("loading %s with its LM head in %s on %s", name, str(dtype).removeprefix("torch."), device)
+    loaded: Any = _from_pretrained(AutoModelForCausalLM, name, run, "model", dtype=dtype, output_loading_info=True)
+    model, info = loaded
+    if missing := sorted(info["missing_keys"]):
+        raise ArtifactError(
+            f"model: expected {name!r} with its LM head, got one without {missing[0]}, which would be random; "
+            "save the whole model (AutoModelForCausalLM), or leave the losses out with --ce off"
+        )
+    return model.to(device).eval().requires_grad_(False)
+
+
+def load_config(name: str, run: RunConfig) -> PreTrainedConfig:
+    """The configuration that belongs to a model."""
+    return _from_pretrained(AutoConfig, name, run, "model")
+
+
+def is_causal(config: PreTrainedConfig) -> bool:
+    """Whether models of this kind predict the next token; BERT's kind does so only as a decoder."""
+    kind = config.model_type
+    if kind in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(config, "is_decoder", False):
+        return False
+    return kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and not config.is_encoder_decoder
 
 
 def load_tokenizer(name: str, run: RunConfig) -> PreTrainedTokenizerBase:

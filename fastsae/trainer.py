@@ -21,7 +21,7 @@ from . import loss
 from .checkpoint import write_json
 from .coders import find_hookpoints, init_biases, make_coders
 from .config import TrainConfig
-from .data import collate
+from .data import collate, held_out_sequences
 from .errors import ArtifactError, HookpointError
 from .hooks import run_hooked
 from .metrics import HeldOutMetrics, TrainingMetrics
@@ -43,7 +43,7 @@ class Trainer:
 
     def __init__(self, cfg: TrainConfig, dataset: Any, model: PreTrainedModel, *, origin: dict[str, Any] | None = None):
         self.cfg, self.model, self.origin = cfg, model, origin or {}
-        held_out = min(cfg.held_out, len(dataset) // 20)
+        held_out = held_out_sequences(cfg.held_out, len(dataset))
         cut = len(dataset) - held_out
         self.train_rows = Subset(dataset, range(cut))
         self.held_out_rows = Subset(dataset, range(cut, len(dataset)))

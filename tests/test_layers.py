@@ -24,9 +24,10 @@ FLOORS = {
         "config",
         "ops loss checkpoint options run_folder tracking progress",
         "sae hooks data model",
-        "coders optim metrics",
-        "trainer",
-        "run bench compat",
+        "coders optim metrics compat",
+        "saved",
+        "trainer eval",
+        "run bench",
         "cli __init__",
         "__main__",
     ],
@@ -40,21 +41,39 @@ FLOORS = {
         "info",
     ],
     "formats": ["__init__ sparsify saelens dictionary_learning openai circuit_tracer"],
+    "eval": [
+        "__init__ config estimate",
+        "result",
+        "reconstruction cross_entropy table",
+        "evaluate tokens",
+        "run",
+    ],
 }
-WITHIN = {"bench": ["fastsae"], "compat": ["fastsae"], "formats": ["compat", "fastsae"]}
+WITHIN = {"bench": ["fastsae"], "compat": ["fastsae"], "formats": ["compat", "fastsae"], "eval": ["fastsae"]}
 PACKAGES = {
     "fastsae_kernels": ROOT / "kernels/fastsae_kernels",
     "fastsae": ROOT / "fastsae",
     "bench": ROOT / "fastsae/bench",
     "compat": ROOT / "fastsae/compat",
     "formats": ROOT / "fastsae/compat/formats",
+    "eval": ROOT / "fastsae/eval",
 }
 KERNELS_MAY_IMPORT = {
     *("__future__", "torch", "triton", "typing", "os", "functools", "math", "dataclasses", "collections"),
     *("contextlib", "types", "json", "logging", "pathlib", "tempfile", "warnings"),
 }
 MAY_IMPORT_KERNELS = {"ops.py", "optim.py", "bench/cases.py"}
-MAY_IMPORT_HUGGING_FACE = {"hooks.py", "data.py", "model.py", "trainer.py", "coders.py", "cli.py", "demo/build.py"}
+MAY_IMPORT_HUGGING_FACE = {
+    "hooks.py",
+    "data.py",
+    "model.py",
+    "trainer.py",
+    "coders.py",
+    "cli.py",
+    "demo/build.py",
+    "eval/evaluate.py",
+    "eval/tokens.py",
+}
 
 
 def imports(path: Path):

@@ -1,0 +1,1 @@
+"""How good coders are: on their own, and grafted into the model. ``fastsae eval`` and ``fastsae.evaluate``."""

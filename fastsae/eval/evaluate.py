@@ -1,0 +1,255 @@
+"""Evaluation in two passes over the sequences: means first, then coders alone, grafted, and ablations.
+
+Shapes: B sequences, S tokens each, D width. Every measure is summed in float64, sequence by sequence.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from rich.progress import Progress
+from torch import Tensor
+from torch.utils.data import DataLoader
+from transformers import PreTrainedModel
+
+from ..data import collate
+from ..errors import ArtifactError, CheckpointError, ConfigError, HookpointError
+from ..hooks import probe, resolve_hookpoints, run_hooked, run_replaced
+from ..progress import console
+from ..sae import FastSae
+from ..saved import check_origin
+from .config import EvalConfig
+from .cross_entropy import LossSums, constant, cross_entropy, graft
+from .reconstruction import OutputMean, ReconstructionSums, decoder_cosines
+from .result import CoderEvaluation, Evaluation, JointEvaluation
+
+Coders = Mapping[str, FastSae]
+
+
+class Subject(NamedTuple):
+    """One coder under test."""
+
+    source: str
+    name: str
+    coder: FastSae
+
+    @property
+    def hookpoint(self) -> str:
+        return self.name.partition("/")[0]
+
+    @property
+    def group(self) -> tuple[str, str]:
+        """Coders that can be grafted together: of one source and one seed."""
+        return self.source, self.name.partition("/")[2]
+
+
+class Batch(NamedTuple):
+    """Sequences on the model's device."""
+
+    input_ids: Tensor
+    """int64 [B, S]."""
+    attended: Tensor | None
+    """bool [B, S]: tokens that are real; None where all are."""
+    kept: Tensor | None
+    """bool [B, S]: tokens that are measured and replaced; None where all are."""
+
+
+def evaluate(
+    coders: Coders | Mapping[str, Coders],
+    model: PreTrainedModel,
+    tokens: Any,
+    cfg: EvalConfig | None = None,
+    *,
+    model_name: str | None = None,
+    progress: bool = True,
+) -> Evaluation:
+    """Measure coders on ``model`` over ``tokens``, rows of ``input_ids`` of one length.
+
+    ``coders`` maps names (``h.0.mlp``, or ``h.0.mlp/seed1``) to coders, as ``FastSae.load_many`` gives them, or
+    several such mappings by a label, to stand side by side. The model needs its LM head unless ``cfg.ce`` is
+    off; it is left as it was, also after an error. Every sequence counts, so pass held-out ones. ``model_name``
+    is what the coders' notes are held against, by default the model's own.
+
+    Raises :class:`CheckpointError` for a coder of another model, hookpoint or width, unless ``cfg.force`` (a
+    width is never forced), :class:`HookpointError` where there is no such module.
+    """
+    cfg = cfg or EvalConfig()
+    subjects = [
+        Subject(source, name, coder.to(model.device))
+        for source, group in _by_source(coders).items()
+        for name, coder in group.items()
+    ]
+    name = model_name or model.name_or_path or ""
+    return _Evaluator(subjects, model, tokens, cfg, name).run(progress)
+
+
+class _Evaluator:
+    def __init__(self, subjects: list[Subject], model: PreTrainedModel, tokens: Any, cfg: EvalConfig, name: str):
+        self.subjects, self.model, self.tokens, self.cfg, self.model_name = subjects, model, tokens, cfg, name
+        if len(tokens) == 0:
+            raise ArtifactError("dataset: expected at least one sequence to evaluate on, got none")
+        if cfg.ce and model.get_output_embeddings() is None:
+            raise ConfigError(
+                f"ce: expected a model with an LM head, got {type(model).__name__}; load it with "
+                "AutoModelForCausalLM (fastsae.load_language_model), or turn ce off"
+            )
+        self.calls = self._check()
+        groups: dict[tuple[str, str], dict[str, FastSae]] = defaultdict(dict)
+        for subject in subjects:
+            groups[subject.group][subject.hookpoint] = subject.coder
+        self.groups = {group: coders for group, coders in groups.items() if len(coders) > 1}
+        self.losses: dict[tuple, LossSums] = defaultdict(LossSums)
+        self._excluded = torch.tensor(cfg.exclude_tokens, dtype=torch.int64, device=model.device)
+
+    def run(self, progress: bool) -> Evaluation:
+        batches = -(-len(self.tokens) // self.cfg.batch_size)
+        with Progress(console=console, disable=not progress) as bar:
+            task = bar.add_task("evaluating", total=2 * batches)
+
+            def advance() -> None:
+                bar.advance(task)
+
+            means = self._means(advance)
+            sums = {s[:2]: ReconstructionSums(s.coder.num_latents, means[s.hookpoint]) for s in self.subjects}
+            for batch in self._batches():
+                if self.cfg.ce:
+                    self._losses(batch, sums, means)
+                else:
+                    self._run(batch, lambda *seen, batch=batch: self._measure(batch, sums, *seen))
+                advance()
+        return self._result(sums)
+
+    # ---- passes of the model ----
+
+    def _means(self, advance: Callable[[], None]) -> dict[str, Tensor]:
+        means = {name: OutputMean() for name in self.calls}
+        kept = 0
+        for batch in self._batches():
+            self._run(batch, lambda name, _x, y, kept=batch.kept: means[name].add(_tokens(name, y, kept), kept))
+            kept += batch.input_ids.numel() if batch.kept is None else int(batch.kept.sum())
+            advance()
+        if not kept:
+            raise ArtifactError("dataset: expected tokens to measure, got none: all are excluded or masked")
+        return {name: mean.read() for name, mean in means.items()}
+
+    @torch.no_grad()
+    def _measure(self, batch: Batch, sums: dict, name: str, x: Tensor | None, y: Tensor) -> None:
+        for subject in self.subjects:
+            if subject.hookpoint == name:
+                source = x if subject.coder.cfg.transcode else y
+                assert source is not None
+                sums[subject[:2]].add(y, subject.coder(source), batch.kept)
+
+    def _losses(self, batch: Batch, sums: dict, means: dict[str, Tensor]) -> None:
+        """The model as it is, with activations measured on the way; then once for every replacement."""
+
+        def observe(name: str):
+            def replacement(x: Tensor | None, y: Tensor) -> Tensor:
+                self._measure(batch, sums, name, x, y)
+                return y
+
+            return replacement
+
+        clean = self._logits(batch, {name: observe(name) for name in self.calls})
+        self.losses["clean",].add(clean, clean, batch.input_ids, batch.attended)
+        for key, replacements in self._replacements(batch, means):
+            self.losses[key].add(self._logits(batch, replacements), clean, batch.input_ids, batch.attended)
+
+    def _replacements(self, batch: Batch, means: dict[str, Tensor]) -> Iterator[tuple[tuple, dict]]:
+        """(key, what to replace) of every run of the model: each ablation once, however many coders share it."""
+        for subject in self.subjects:
+            yield ("graft", *subject[:2]), {subject.hookpoint: graft(subject.coder, batch.kept)}
+        for group, coders in self.groups.items():
+            yield ("graft", group), {name: graft(coder, batch.kept) for name, coder in coders.items()}
+        places = {(name,) for name in self.calls} | {tuple(coders) for coders in self.groups.values()}
+        for names in sorted(places):
+            yield ("zero", names), {n: constant(torch.zeros_like(means[n]), batch.kept) for n in names}
+            yield ("mean", names), {n: constant(means[n], batch.kept) for n in names}
+
+    def _run(self, batch: Batch, callback) -> None:
+        mask = None if batch.attended is None else batch.attended.long()
+        run_hooked(self.model, batch.input_ids, self.calls, callback, mask)
+
+    def _logits(self, batch: Batch, replacements: dict) -> Tensor:
+        mask = None if batch.attended is None else batch.attended.long()
+        return run_replaced(self.model, batch.input_ids, replacements, mask)
+
+    # ---- what comes in, what goes out ----
+
+    def _check(self) -> dict[str, int]:
+        """How often each hookpoint is called; every coder must fit the place that it is on."""
+        for subject in () if self.cfg.force else self.subjects:
+            check_origin(subject.name, subject.coder, self.model_name)
+        names = resolve_hookpoints(self.model, sorted({subject.hookpoint for subject in self.subjects}))
+        found = probe(self.model, names)
+        for subject in self.subjects:
+            if subject.hookpoint not in found:
+                raise HookpointError(f"{subject.name}: expected a module with a float output, got none when it ran")
+            at, coder = found[subject.hookpoint], subject.coder
+            widths = (at.d_in if coder.cfg.transcode else at.d_out, at.d_out)
+            if widths != (coder.d_in, coder.d_in):
+                raise CheckpointError(
+                    f"{subject.name}: expected a coder of width {at.d_out} for {self.model_name}, got one of width "
+                    f"{coder.d_in}; was it trained on another model?"
+                )
+        return {name: at.calls for name, at in found.items()}
+
+    def _batches(self) -> Iterator[Batch]:
+        for rows in DataLoader(self.tokens, batch_size=self.cfg.batch_size, collate_fn=collate):
+            ids = rows["input_ids"].to(self.model.device)
+            attended = rows["attention_mask"].to(ids.device).bool() if "attention_mask" in rows else None
+            kept = attended
+            if len(self._excluded):
+                other = torch.isin(ids, self._excluded, invert=True)
+                kept = other if attended is None else attended & other
+            yield Batch(ids, attended, kept)
+
+    def _result(self, sums: dict[tuple, ReconstructionSums]) -> Evaluation:
+        rows = tuple(
+            CoderEvaluation(
+                coders=subject.source, name=subject.name, hookpoint=subject.hookpoint,
+                reconstruction=sums[subject[:2]].read(self.cfg.dense_above),
+                decoder=decoder_cosines(_decoder(subject)),
+                cross_entropy=self._cross_entropy(("graft", *subject[:2]), (subject.hookpoint,)),
+            )
+            for subject in self.subjects
+        )  # fmt: skip
+        together = tuple(
+            JointEvaluation(group[0], tuple(f"{name}/{group[1]}" if group[1] else name for name in coders), measured)
+            for group, coders in self.groups.items()
+            if (measured := self._cross_entropy(("graft", group), tuple(coders)))
+        )
+        first = rows[0].reconstruction
+        return Evaluation(self.model_name, first.tokens, first.sequences, rows, together)
+
+    def _cross_entropy(self, key: tuple, names: tuple[str, ...]):
+        if not self.cfg.ce:
+            return None
+        return cross_entropy(
+            self.losses["clean",], self.losses[key], self.losses["zero", names], self.losses["mean", names]
+        )
+
+
+def _by_source(coders: Coders | Mapping[str, Coders]) -> dict[str, Coders]:
+    if not coders:
+        raise CheckpointError("coders: expected at least one coder to evaluate, got none")
+    if all(isinstance(value, FastSae) for value in coders.values()):
+        return {"": coders}  # type: ignore[dict-item]
+    return dict(coders)  # type: ignore[arg-type]
+
+
+def _tokens(name: str, y: Tensor, kept: Tensor | None) -> Tensor:
+    if y.ndim != 3 or (kept is not None and y.shape[:2] != kept.shape):
+        raise HookpointError(
+            f"{name}: expected activations [sequences, tokens, width] to evaluate, got {list(y.shape)}"
+        )
+    return y
+
+
+def _decoder(subject: Subject) -> Tensor:
+    if subject.coder.W_dec is None:
+        raise CheckpointError(f"{subject.name}: expected a coder with its decoder, got one loaded with decoder=False")
+    return subject.coder.W_dec

@@ -1,0 +1,97 @@
+"""Coders by name, wherever and however they are saved, and what is known of their training."""
+
+from __future__ import annotations
+
+import json
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+from . import demo
+from .checkpoint import CONFIG_FILE, WEIGHTS_FILE, download, find_coders
+from .compat import convert
+from .compat.formats.sparsify import to_fastsae
+from .errors import ArtifactError, CheckpointError
+from .sae import FastSae
+
+RUN_FILE = "config.json"
+
+
+def load_coders(source: str, device: Any = "cpu", *, hookpoints: tuple[str, ...] = ()) -> dict[str, FastSae]:
+    """Every coder of a run's folder, one coder's folder, or a hub repository, by name (``h.0.mlp``).
+
+    Other libraries' files are read where :class:`FastSae` can compute what they hold. ``hookpoints`` keeps the
+    coders that match one of the wildcards, each of which must match one.
+    """
+    path = Path(source).expanduser()
+    if not path.is_dir() and (source.startswith((".", "/", "~")) or source.count("/") != 1):
+        raise CheckpointError(f"coders: expected a run's folder or a hub id, got {source!r}, which is no folder here")
+    root = path if path.is_dir() else download(source)
+    if (root / CONFIG_FILE).is_file() and (root / WEIGHTS_FILE).is_file():
+        coder = FastSae.load_from_disk(root, device)
+        coders = {coder.notes.get("hookpoint") or root.resolve().name: coder}
+    elif any((folder / WEIGHTS_FILE).is_file() for folder in find_coders(root).values()):
+        coders = FastSae.load_many(root, local=True, device=device)
+    else:
+        read = convert.load_all(root)
+        coders = {name or coder.hookpoint or root.name: to_fastsae(coder).to(device) for name, coder in read.items()}
+    return _matching(coders, hookpoints, source)
+
+
+def _matching(coders: dict[str, FastSae], patterns: tuple[str, ...], source: str) -> dict[str, FastSae]:
+    for pattern in patterns:
+        if not any(_matches(name, pattern) for name in coders):
+            names = ", ".join(list(coders)[:8])
+            raise CheckpointError(f"expected coders matching {pattern!r} in {source}, found none; it holds: {names}")
+    wanted = patterns or ("*",)
+    return {name: coder for name, coder in coders.items() if any(_matches(name, pattern) for pattern in wanted)}
+
+
+def _matches(name: str, pattern: str) -> bool:
+    return fnmatchcase(name, pattern) or fnmatchcase(name.partition("/")[0], pattern)
+
+
+def run_record(source: str) -> dict[str, Any]:
+    """What the run in a folder was told to do (its config.json, or that of the folder above); {} where unknown."""
+    path = Path(source).expanduser()
+    for folder in (path, path.resolve().parent) if path.is_dir() else ():
+        try:
+            record = json.loads((folder / RUN_FILE).read_text())
+        except (OSError, ValueError):
+            continue
+        if isinstance(record, dict) and "sae" in record:
+            return record
+    return {}
+
+
+def check_origin(name: str, coder: FastSae, model_name: str) -> None:
+    """Refuse a coder whose own notes name another hookpoint or model; coders without notes pass.
+
+    A coder on activations that it was not trained on gives numbers that look like a bad coder's.
+    """
+    hookpoint, trained_on = coder.notes.get("hookpoint"), coder.notes.get("model")
+    if hookpoint and hookpoint != name.partition("/")[0]:
+        raise CheckpointError(
+            f"{name}: expected a coder of this hookpoint, got one trained on {hookpoint}; "
+            "name its folder so, or pass --force"
+        )
+    if trained_on and model_name and not _same_model(trained_on, model_name):
+        raise CheckpointError(
+            f"{name}: expected a coder of {model_name}, got one trained on {trained_on}; "
+            "name that model, or pass --force"
+        )
+
+
+def default_model(record: dict[str, Any]) -> str:
+    """The model that a run was trained on; raises :class:`ArtifactError` where its record does not say."""
+    if not (name := record.get("model")):
+        raise ArtifactError("model: these coders do not say which model they were trained on; name one")
+    return name
+
+
+def _same_model(a: str, b: str) -> bool:
+    """Two folders by where they are; hub ids by their last name, which an organisation may stand before."""
+    a, b = (str(demo.MODEL_DIR) if name == demo.NAME else name for name in (a, b))
+    if Path(a).is_dir() and Path(b).is_dir():
+        return Path(a).resolve() == Path(b).resolve()
+    return Path(a).name == Path(b).name
