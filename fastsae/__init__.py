@@ -15,6 +15,7 @@ from .version import __version__
 if TYPE_CHECKING:
     from .config import RunConfig, SaeConfig, TrainConfig, TranscoderConfig
     from .data import load_tokens, tokenize
+    from .encode import strongest_latents
     from .errors import FastsaeError
     from .eval.config import EvalConfig
     from .eval.evaluate import evaluate
@@ -43,6 +44,7 @@ _HOME = {
     "load_tokenizer": "model",
     "load_tokens": "data",
     "resolve_hookpoints": "hooks",
+    "strongest_latents": "encode",
     "tokenize": "data",
 }
 
@@ -65,6 +67,7 @@ __all__ = [
     "load_tokenizer",
     "load_tokens",
     "resolve_hookpoints",
+    "strongest_latents",
     "tokenize",
 ]
 

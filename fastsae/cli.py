@@ -13,7 +13,7 @@ from rich.logging import RichHandler
 from rich.table import Table
 
 from .bench.shapes import BenchConfig
-from .config import RunConfig, SaeConfig, TrainConfig
+from .config import EncodeConfig, RunConfig, SaeConfig, TrainConfig
 from .errors import FastsaeError
 from .eval.config import EvalConfig
 from .options import build, normalise, with_options
@@ -34,6 +34,7 @@ OPTIONS = {
     "hookpoints": (RunConfig,),
     "bench": (BenchConfig,),
     "eval": (EvalConfig, RunConfig),
+    "encode": (EncodeConfig, RunConfig),
 }
 """The configs behind each command's options."""
 
@@ -124,6 +125,25 @@ def evaluate(
 
     _show_progress_notes()
     eval_run(coders, model, dataset, options)
+
+
+@app.command()
+@with_options(*OPTIONS["encode"])
+def encode(
+    coders: Annotated[str, typer.Argument(help="A run's folder, one coder's folder, or a hub id.")],
+    model: Annotated[
+        str | None, typer.Argument(help="Hub id or folder of the model; by default the run's.", show_default=False)
+    ] = None,
+    **options: Any,
+) -> None:
+    """Show the strongest latents at every token of a text.
+
+    [bold]fastsae encode checkpoints/my-run gpt2 --text "The cat sat"[/]
+    """
+    from .encode import encode_run
+
+    _show_progress_notes(logging.WARNING)
+    encode_run(coders, model, options)
 
 
 @app.command()

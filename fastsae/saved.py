@@ -1,17 +1,21 @@
-"""Coders by name, wherever and however they are saved, and what is known of their training."""
+"""Coders by name, wherever and however they are saved; what is known of their training; where they fit."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
+
+from torch import Tensor
 
 from . import demo
 from .checkpoint import CONFIG_FILE, WEIGHTS_FILE, download, find_coders
 from .compat import convert
 from .compat.formats.sparsify import to_fastsae
-from .errors import ArtifactError, CheckpointError
+from .errors import ArtifactError, CheckpointError, HookpointError
+from .hooks import probe, resolve_hookpoints
 from .sae import FastSae
 
 RUN_FILE = "config.json"
@@ -80,6 +84,33 @@ def check_origin(name: str, coder: FastSae, model_name: str) -> None:
             f"{name}: expected a coder of {model_name}, got one trained on {trained_on}; "
             "name that model, or pass --force"
         )
+
+
+def check_places(model: Any, coders: Iterable[tuple[str, FastSae]]) -> dict[str, int]:
+    """How often a forward calls the hookpoint of each coder, by hookpoint; every coder must fit its own.
+
+    Raises :class:`HookpointError` where there is no such module, :class:`CheckpointError` where widths differ.
+    """
+    coders = list(coders)
+    names = resolve_hookpoints(model, sorted({name.partition("/")[0] for name, _ in coders}))
+    found = probe(model, names)
+    for name, coder in coders:
+        if (at := found.get(name.partition("/")[0])) is None:
+            raise HookpointError(f"{name}: expected a module with a float output, got none when the model ran")
+        if ((at.d_in if coder.cfg.transcode else at.d_out), at.d_out) != (coder.d_in, coder.d_in):
+            raise CheckpointError(
+                f"{name}: expected a coder of width {at.d_out} for this model, got one of width {coder.d_in}; "
+                "was it trained on another?"
+            )
+    return {name: at.calls for name, at in found.items()}
+
+
+def coder_input(coder: FastSae, x: Tensor | None, y: Tensor) -> Tensor:
+    """What a coder encodes of a module that got ``x`` and gave ``y``: a transcoder ``x``, an autoencoder ``y``."""
+    if not coder.cfg.transcode:
+        return y
+    assert x is not None  # check_places has seen it
+    return x
 
 
 def default_model(record: dict[str, Any]) -> str:

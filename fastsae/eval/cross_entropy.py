@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..hooks import Replacement
 from ..sae import FastSae
+from ..saved import coder_input
 from .estimate import per_sequence, ratio
 from .result import CrossEntropy
 
@@ -18,9 +19,7 @@ def graft(coder: FastSae, kept: Tensor | None) -> Replacement:
     """The coder's output: of the module's output, or for a transcoder of its input; only at kept tokens."""
 
     def replace(x: Tensor | None, y: Tensor) -> Tensor:
-        source = x if coder.cfg.transcode else y
-        assert source is not None
-        return _only_at(kept, coder(source).sae_out.to(y.dtype), y)
+        return _only_at(kept, coder(coder_input(coder, x, y)).sae_out.to(y.dtype), y)
 
     return replace
 

@@ -17,10 +17,10 @@ from transformers import PreTrainedModel
 
 from ..data import collate
 from ..errors import ArtifactError, CheckpointError, ConfigError, HookpointError
-from ..hooks import probe, resolve_hookpoints, run_hooked, run_replaced
+from ..hooks import run_hooked, run_replaced
 from ..progress import console
 from ..sae import FastSae
-from ..saved import check_origin
+from ..saved import check_origin, check_places, coder_input
 from .config import EvalConfig
 from .cross_entropy import LossSums, constant, cross_entropy, graft
 from .reconstruction import OutputMean, ReconstructionSums, decoder_cosines
@@ -139,9 +139,7 @@ class _Evaluator:
     def _measure(self, batch: Batch, sums: dict, name: str, x: Tensor | None, y: Tensor) -> None:
         for subject in self.subjects:
             if subject.hookpoint == name:
-                source = x if subject.coder.cfg.transcode else y
-                assert source is not None
-                sums[subject[:2]].add(y, subject.coder(source), batch.kept)
+                sums[subject[:2]].add(y, subject.coder(coder_input(subject.coder, x, y)), batch.kept)
 
     def _losses(self, batch: Batch, sums: dict, means: dict[str, Tensor]) -> None:
         """The model as it is, with activations measured on the way; then once for every replacement."""
@@ -183,19 +181,7 @@ class _Evaluator:
         """How often each hookpoint is called; every coder must fit the place that it is on."""
         for subject in () if self.cfg.force else self.subjects:
             check_origin(subject.name, subject.coder, self.model_name)
-        names = resolve_hookpoints(self.model, sorted({subject.hookpoint for subject in self.subjects}))
-        found = probe(self.model, names)
-        for subject in self.subjects:
-            if subject.hookpoint not in found:
-                raise HookpointError(f"{subject.name}: expected a module with a float output, got none when it ran")
-            at, coder = found[subject.hookpoint], subject.coder
-            widths = (at.d_in if coder.cfg.transcode else at.d_out, at.d_out)
-            if widths != (coder.d_in, coder.d_in):
-                raise CheckpointError(
-                    f"{subject.name}: expected a coder of width {at.d_out} for {self.model_name}, got one of width "
-                    f"{coder.d_in}; was it trained on another model?"
-                )
-        return {name: at.calls for name, at in found.items()}
+        return check_places(self.model, ((subject.name, subject.coder) for subject in self.subjects))
 
     def _batches(self) -> Iterator[Batch]:
         for rows in DataLoader(self.tokens, batch_size=self.cfg.batch_size, collate_fn=collate):
