@@ -38,7 +38,9 @@ FLOORS = {
         "fitting",
         "formats",
         "convert",
-        "info",
+        "info saelens_topk",
+        "saelens_transcoder",
+        "saelens",
     ],
     "formats": ["__init__ sparsify saelens dictionary_learning openai circuit_tracer"],
     "eval": [
