@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING
 from .version import __version__
 
 if TYPE_CHECKING:
-    from .config import RunConfig, SaeConfig, TrainConfig, TranscoderConfig
-    from .data import load_tokens, tokenize
+    from .config import SaeConfig, TrainConfig, TranscoderConfig
+    from .data import load_tokens
     from .encode import strongest_latents
     from .errors import FastsaeError
     from .eval.config import EvalConfig
@@ -23,7 +23,9 @@ if TYPE_CHECKING:
     from .hooks import resolve_hookpoints
     from .model import load_language_model, load_model, load_tokenizer
     from .progress import RunSummary
+    from .run_config import RunConfig
     from .sae import FastSae, ForwardOutput
+    from .tokens import tokenize
     from .trainer import Trainer
 
 _HOME = {
@@ -32,7 +34,7 @@ _HOME = {
     "FastSae": "sae",
     "FastsaeError": "errors",
     "ForwardOutput": "sae",
-    "RunConfig": "config",
+    "RunConfig": "run_config",
     "RunSummary": "progress",
     "SaeConfig": "config",
     "TrainConfig": "config",
@@ -45,7 +47,7 @@ _HOME = {
     "load_tokens": "data",
     "resolve_hookpoints": "hooks",
     "strongest_latents": "encode",
-    "tokenize": "data",
+    "tokenize": "tokens",
 }
 
 __all__ = [

@@ -13,10 +13,12 @@ from rich.logging import RichHandler
 from rich.table import Table
 
 from .bench.shapes import BenchConfig
-from .config import EncodeConfig, RunConfig, SaeConfig, TrainConfig
+from .config import EncodeConfig, SaeConfig, TrainConfig
 from .errors import FastsaeError
 from .eval.config import EvalConfig
 from .options import build, normalise, with_options
+from .run_config import RunConfig
+from .run_file import read_run_file
 from .version import __version__
 
 app = typer.Typer(
@@ -64,10 +66,21 @@ def _root(
 @app.command()
 @with_options(*CONFIGS)
 def train(
-    model: Annotated[str, typer.Argument(help="Hub id or folder of a model; demo ships with fastsae.")] = "demo",
+    model: Annotated[
+        str | None,
+        typer.Argument(help="Hub id or folder of a model; by default demo, which ships along.", show_default=False),
+    ] = None,
     dataset: Annotated[
         str | None,
-        typer.Argument(help="Hub id, folder or file (parquet, jsonl, json, csv, arrow, txt).", show_default=False),
+        typer.Argument(help="Hub id, folder or file (parquet, jsonl, json, csv, arrow, txt, bin).", show_default=False),
+    ] = None,
+    config: Annotated[
+        str | None,
+        typer.Option(
+            help="File with options (YAML, or a run's config.json); the command line's win.",
+            metavar="FILE",
+            show_default=False,
+        ),
     ] = None,
     **options: Any,
 ) -> None:
@@ -80,7 +93,9 @@ def train(
     from .run import train_run  # transformers and datasets load here, not for --help
 
     _show_progress_notes()
-    train_run(model, dataset, options)
+    given = {**({} if config is None else read_run_file(config, CONFIGS)), **options}
+    named = {"model": model, "dataset": dataset}
+    train_run({**given, **{name: value for name, value in named.items() if value is not None}})
 
 
 @app.command()

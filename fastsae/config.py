@@ -116,7 +116,7 @@ class TrainConfig:
     """Tokens without firing after which a latent counts as dead."""
 
     exclude_tokens: tuple[int, ...] = ()
-    """Token ids that are not trained on."""
+    """Token ids that are not trained on; on the command line also by name: bos, eos, pad, special."""
 
     hookpoints: tuple[str, ...] = ()
     """Modules to train on: names or wildcards; by default every layer's residual stream."""
@@ -169,55 +169,6 @@ class TrainConfig:
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
-
-
-@dataclass(frozen=True)
-class RunConfig:
-    """What a run trains on: model and data."""
-
-    split: str = "train"
-    """Split of the dataset."""
-
-    text_column: str = "text"
-    """Column that holds the text."""
-
-    ctx_len: int = 2048
-    """Tokens per sequence; lowered to what the model can take."""
-
-    max_examples: int | None = None
-    """Take at most this many sequences."""
-
-    max_tokens: int | None = None
-    """Take at most this many tokens."""
-
-    shuffle_seed: int = 42
-    """Seed of the order of the sequences."""
-
-    data_preprocessing_num_proc: int | None = None
-    """Processes that tokenise; by default half the CPU cores."""
-
-    device: str | None = None
-    """Device of model and coders; by default cuda where there is one, else mps, else cpu."""
-
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Precision of the model; auto is bfloat16 on a GPU that has it, float32 on a CPU."""
-
-    revision: str | None = None
-    """Revision of the model on the hub."""
-
-    hf_token: str | None = field(default=None, repr=False)
-    """Hub access token; never written anywhere."""
-
-    def __post_init__(self) -> None:
-        check_types(self)
-        require(self.ctx_len >= 1, "ctx_len", "at least 1", self.ctx_len)
-        for name in ("max_examples", "max_tokens", "data_preprocessing_num_proc"):
-            value = getattr(self, name)
-            require(value is None or value >= 1, name, "at least 1", value)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Every field but the access token."""
-        return {name: value for name, value in dataclasses.asdict(self).items() if name != "hf_token"}
 
 
 @dataclass(frozen=True)

@@ -25,9 +25,13 @@ def field_docs(config: type) -> dict[str, str]:
 def check_types(config: Any) -> None:
     """Raise :class:`ConfigError` for the first field whose value does not have its declared type."""
     for name, expected in get_type_hints(type(config)).items():
-        value = getattr(config, name)
-        if not _has_type(value, expected):
-            raise ConfigError(f"{name}: expected {_describe(expected)}, got {value!r}")
+        check_type(name, getattr(config, name), expected)
+
+
+def check_type(name: str, value: Any, expected: Any) -> None:
+    """Raise :class:`ConfigError` where ``value`` does not have the declared type."""
+    if not _has_type(value, expected):
+        raise ConfigError(f"{name}: expected {_describe(expected)}, got {value!r}")
 
 
 def _has_type(value: Any, expected: Any) -> bool:

@@ -72,6 +72,7 @@ def layer_hookpoints(model: PreTrainedModel, layers: Sequence[int] = ()) -> list
         for name, module in model.base_model.named_modules()
         if isinstance(module, nn.ModuleList) and len(module) == count
     ]
+    lists = [name for name in lists if not any(name.startswith(f"{outer}.") for outer in lists)]
     if len(lists) != 1:
         raise HookpointError(
             f"expected one list of {count} layers in {type(model).__name__}, found {lists or 'none'}; "

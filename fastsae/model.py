@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
     AutoTokenizer,
+    BitsAndBytesConfig,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -23,8 +26,9 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from . import demo
-from .config import RunConfig
 from .errors import ArtifactError, ConfigError
+from .hub import check_repository, close_by, looks_local
+from .run_config import RunConfig
 
 logger = logging.getLogger("fastsae")
 
@@ -62,16 +66,16 @@ def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
 
 def load_model(name: str, run: RunConfig) -> PreTrainedModel:
     """The base model (no LM head) of a hub id or local folder; ``demo`` is the one that ships with fastsae."""
-    device = resolve_device(run.device)
-    dtype = resolve_dtype(run.dtype, device)
-    logger.info("loading %s in %s on %s", name, str(dtype).removeprefix("torch."), device)
-    model = _from_pretrained(AutoModel, name, run, "model", dtype=dtype)
-    if model.config.is_encoder_decoder:
+    device, options = _loading(run)
+    config = load_config(name, run)
+    logger.info("loading %s in %s on %s", name, _precision(options), device)
+    model = _from_pretrained(_encoder_class(config) or AutoModel, name, run, "model", **options)
+    if config.is_encoder_decoder:
         raise ArtifactError(
             f"model: expected a causal or encoder model, got {type(model).__name__}, an encoder-decoder; "
-            "load its encoder yourself and pass it to fastsae.Trainer"
+            "save its encoder alone (T5EncoderModel.from_pretrained(...).save_pretrained(FOLDER)) and name that folder"
         )
-    return model.to(device).eval().requires_grad_(False)
+    return _placed(model, device, run)
 
 
 def load_language_model(name: str, run: RunConfig) -> PreTrainedModel:
@@ -79,17 +83,16 @@ def load_language_model(name: str, run: RunConfig) -> PreTrainedModel:
     config = load_config(name, run)
     if not is_causal(config):
         raise ArtifactError(f"model: expected a causal language model, got {name!r}, of type {config.model_type}")
-    device = resolve_device(run.device)
-    dtype = resolve_dtype(run.dtype, device)
-    logger.info("loading %s with its LM head in %s on %s", name, str(dtype).removeprefix("torch."), device)
-    loaded: Any = _from_pretrained(AutoModelForCausalLM, name, run, "model", dtype=dtype, output_loading_info=True)
+    device, options = _loading(run)
+    logger.info("loading %s with its LM head in %s on %s", name, _precision(options), device)
+    loaded: Any = _from_pretrained(AutoModelForCausalLM, name, run, "model", output_loading_info=True, **options)
     model, info = loaded
     if missing := sorted(info["missing_keys"]):
         raise ArtifactError(
             f"model: expected {name!r} with its LM head, got one without {missing[0]}, which would be random; "
             "save the whole model (AutoModelForCausalLM), or leave the losses out with --ce off"
         )
-    return model.to(device).eval().requires_grad_(False)
+    return _placed(model, device, run)
 
 
 def load_config(name: str, run: RunConfig) -> PreTrainedConfig:
@@ -106,23 +109,87 @@ def is_causal(config: PreTrainedConfig) -> bool:
 
 
 def load_tokenizer(name: str, run: RunConfig) -> PreTrainedTokenizerBase:
-    """The tokenizer that belongs to a model."""
-    return _from_pretrained(AutoTokenizer, name, run, "tokenizer")
+    """The tokenizer that belongs to a model; raises :class:`ArtifactError` where none was saved with it."""
+    try:
+        tokenizer = _from_pretrained(AutoTokenizer, name, run, "tokenizer")
+    except ArtifactError:
+        if _has_tokenizer_files(name):
+            raise
+        tokenizer = None
+    # transformers makes up a tokenizer of special tokens alone where there are no files
+    if tokenizer is None or len(tokenizer) <= len(tokenizer.added_tokens_decoder) + 1:
+        raise ArtifactError(
+            f"tokenizer: expected one beside the model, {name!r} holds none; save it there "
+            "(AutoTokenizer.from_pretrained(...).save_pretrained(FOLDER)), or bring a dataset with input_ids"
+        )
+    return tokenizer
+
+
+def _encoder_class(config: PreTrainedConfig) -> Any:
+    """The class that a folder with an encoder alone was saved by (T5EncoderModel); AutoModel would add a decoder."""
+    saved_by = next(iter(config.architectures or ()), "")
+    return getattr(transformers, saved_by, None) if saved_by.endswith("EncoderModel") else None
+
+
+def _loading(run: RunConfig) -> tuple[torch.device, dict[str, Any]]:
+    """(device, options of from_pretrained); raises :class:`ConfigError` for what this machine cannot do."""
+    device = resolve_device(run.device)
+    options: dict[str, Any] = {"dtype": resolve_dtype(run.dtype, device)}
+    if run.attn_implementation is not None:
+        options["attn_implementation"] = run.attn_implementation
+    return device, options | (_in_8bit(device) if run.load_in_8bit else {})
+
+
+def _in_8bit(device: torch.device) -> dict[str, Any]:
+    if device.type != "cuda":
+        raise ConfigError(
+            f"load_in_8bit: expected a GPU to load the model on, got {device}; leave it out, or use --device cuda"
+        )
+    for package in ("bitsandbytes", "accelerate"):
+        if importlib.util.find_spec(package) is None:
+            raise ConfigError(
+                f"load_in_8bit: expected the package {package!r}, it is not installed; pip install 'fastsae[8bit]'"
+            )
+    return {"quantization_config": BitsAndBytesConfig(load_in_8bit=True), "device_map": {"": device}}
+
+
+def _precision(options: dict[str, Any]) -> str:
+    return "8 bits" if "quantization_config" in options else str(options["dtype"]).removeprefix("torch.")
+
+
+def _placed(model: PreTrainedModel, device: torch.device, run: RunConfig) -> PreTrainedModel:
+    """Ready to read activations from; what is loaded in 8 bits is on its device already, and cannot be moved."""
+    if not run.load_in_8bit:
+        model.to(device)  # type: ignore[arg-type]
+    return model.eval().requires_grad_(False)
 
 
 def _from_pretrained(auto_class, name: str, run: RunConfig, what: str, **options):
-    source = str(demo.MODEL_DIR) if name == demo.NAME else name
-    if _looks_local(source) and not Path(source).is_dir():
-        raise ArtifactError(f"{what}: expected a folder or hub id, got {name!r}, which is no folder here")
+    source = str(demo.MODEL_DIR) if name == demo.NAME else str(Path(name).expanduser())
+    if not Path(source).is_dir():
+        if looks_local(name):
+            raise ArtifactError(
+                f"{what}: expected a folder or hub id, got {name!r}, which is no folder here{close_by(name)}"
+            )
+        check_repository("model", name, revision=run.revision, token=run.hf_token)
     try:
         return auto_class.from_pretrained(source, revision=run.revision, token=run.hf_token, **options)
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
         first_line = str(error).strip().splitlines()[0]
+        if "attn_implementation" in options and "attention" in str(error).lower():
+            raise ConfigError(
+                f"attn_implementation: expected one that this model has, got {run.attn_implementation!r}: {first_line}"
+            ) from None
         raise ArtifactError(
             f"{what}: expected a Hugging Face hub id or a folder saved by save_pretrained, got {name!r}: {first_line} "
-            "Check the name, the network and --hf-token; 'demo' needs none of them"
+            f"Check the name, the network and --hf-token{close_by(name)}; 'demo' needs none of them"
         ) from None
 
 
-def _looks_local(name: str) -> bool:
-    return name.startswith((".", "/", "~")) or name.count("/") > 1
+def _has_tokenizer_files(name: str) -> bool:
+    folder = Path(name).expanduser()
+    return not folder.is_dir() or any(
+        path.name.startswith(("token", "vocab", "spiece", "sentencepiece", "merges", "tekken"))
+        or path.suffix in (".tiktoken", ".model")
+        for path in folder.iterdir()
+    )

@@ -7,17 +7,22 @@ options, underscores in option names, and ``--flag true``.
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import inspect
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import typer
 
 from .errors import ConfigError
 from .fields import field_docs
+from .run_config import TOKEN_NAMES
 
 _NESTED = {"sae"}
+_VALUED = {"--config"}  # options with a value that no config has
+_UNSPLIT = {"set"}  # a comma is part of its values
 _SWITCH = {"on": True, "true": True, "off": False, "false": False}
 
 
@@ -50,18 +55,24 @@ def build(config: type, values: dict[str, Any], **nested: Any) -> Any:
     """Make a config from the option values that are its own; lists arrive as text and are split at commas."""
     hints = get_type_hints(config)
     known = {f.name for f in dataclasses.fields(config)} - _NESTED
-    mine = {name: _convert(name, value, hints[name]) for name, value in values.items() if name in known}
+    mine = {name: convert(name, value, hints[name]) for name, value in values.items() if name in known}
     return config(**mine, **nested)
 
 
 def normalise(arguments: list[str], configs: tuple[type, ...]) -> list[str]:
-    """Rewrite users' habits into what typer reads: ``--a_b x y --flag`` -> ``--a-b x --a-b y --flag on``."""
+    """Rewrite users' habits into what typer reads: ``--a_b x y --flag`` -> ``--a-b x --a-b y --flag on``.
+
+    A list takes the values behind it up to the next option, but not the command's own arguments: what can only be
+    one of them (see :func:`_is_argument`) ends the list, and so does ``--``.
+    """
     kinds = {f"--{name.replace('_', '-')}": hint for config in configs for name, hint in get_type_hints(config).items()}
     out: list[str] = []
+    own = -1  # arguments of the command itself, behind its name
     i = 0
     while i < len(arguments):
         argument, i = arguments[i], i + 1
         if not argument.startswith("--") or argument == "--":
+            own += argument != "--"
             out.append(argument)
             continue
         name, equals, value = argument.partition("=")
@@ -73,12 +84,39 @@ def normalise(arguments: list[str], configs: tuple[type, ...]) -> list[str]:
                 switch, i = _SWITCH[arguments[i].lower()], i + 1
             out += [positive, "on" if switch else "off"]
         elif get_origin(hint) is tuple and not equals:
+            first = i
             while i < len(arguments) and not arguments[i].startswith("--"):
+                if i > first and _is_argument(arguments[i], get_args(hint)[0], own):
+                    break
                 out += [name, arguments[i]]
                 i += 1
         else:
             out.append(name + equals + value)
+            if (
+                (hint is not None or name in _VALUED) and not equals and i < len(arguments)
+            ):  # its value is no argument of the command
+                out.append(arguments[i])
+                i += 1
     return out
+
+
+def _is_argument(text: str, item: Any, own: int) -> bool:
+    """Whether ``text``, behind values of a list of ``item``, is the command's MODEL or DATASET instead of a value.
+
+    Paths are, hub ids with a slash, and text among integers; before there is a MODEL, single words are, too
+    (``gpt2``): hookpoints and token ids do not look like that.
+    """
+    if own >= 2:
+        return False
+    if item is int:
+        return not all(part.lstrip("-").isdecimal() or part in TOKEN_NAMES for part in text.split(",") if part)
+    word = not any(mark in text for mark in ".*?[]:=,") and not text.isdecimal()
+    return "/" in text or _is_there(Path(text)) or text in ("demo", "stdlib") or (own < 1 and word)
+
+
+def _is_there(path: Path) -> bool:
+    """Whether a file, a model's folder or a dataset's is; a run's folders of coders are named by hookpoints."""
+    return path.is_file() or any((path / name).is_file() for name in ("config.json", "state.json", "dataset_dict.json"))
 
 
 def _parameters(config: type) -> list[inspect.Parameter]:
@@ -140,16 +178,40 @@ def _details(field: dataclasses.Field, hint: Any) -> str:
     return f" [dim]({'; '.join(details)})[/]" if details else ""
 
 
-def _convert(name: str, value: Any, hint: Any) -> Any:
-    if hint is bool:
+def convert(name: str, value: Any, hint: Any) -> Any:
+    """A value as the command line or a file gives it -> what the field holds; the config checks it afterwards."""
+    plain = _without_none(hint)
+    if get_origin(plain) is tuple:
+        return _convert_list(name, value, get_args(plain)[0])
+    if not isinstance(value, str):
+        return value
+    if plain is bool:
         if value.lower() not in _SWITCH:
             raise ConfigError(f"{name}: expected on or off, got {value!r}")
         return _SWITCH[value.lower()]
-    if get_origin(hint) is not tuple:
-        return value
-    item = get_args(hint)[0]
-    texts = [text.strip() for part in value for text in str(part).split(",") if text.strip()]
+    if plain in (int, float):
+        try:
+            return plain(value)
+        except ValueError:
+            raise ConfigError(
+                f"{name}: expected {'an integer' if plain is int else 'a number'}, got {value!r}"
+            ) from None
+    return value
+
+
+def _convert_list(name: str, value: Any, item: Any) -> tuple:
+    parts = value if isinstance(value, (list, tuple)) else [value]
+    if name not in _UNSPLIT:
+        parts = [text for part in parts for text in (part.split(",") if isinstance(part, str) else [part])]
+    parts = [part.strip() if isinstance(part, str) else part for part in parts]
+    parts = [part for part in parts if part != ""]
     try:
-        return tuple(int(text) if item is int else text for text in texts)
+        return tuple(int(part) if item is int and isinstance(part, str) else part for part in parts)
     except ValueError:
-        raise ConfigError(f"{name}: expected integers, got {', '.join(texts)}") from None
+        raise ConfigError(f"{name}: expected integers, got {', '.join(map(str, parts))}") from None
+
+
+def close_names(name: str, names: Iterable[str]) -> str:
+    """``; did you mean k?``, or the names there are."""
+    close = difflib.get_close_matches(name, names := list(names), n=3)
+    return f"; did you mean {' or '.join(close)}?" if close else f"; there are {', '.join(names)}"

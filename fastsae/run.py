@@ -4,37 +4,52 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+from functools import cache
 from typing import Any
 
 from rich.console import Console
 
 from . import demo
-from .config import RunConfig, SaeConfig, TrainConfig
-from .data import DEFAULT_DATASET, load_tokens
+from .config import SaeConfig, TrainConfig
+from .data import load_tokens
 from .model import load_model, load_tokenizer, resolve_device
+from .ops import resolve
 from .options import build
 from .progress import summary_table
+from .run_config import RunConfig
 from .run_folder import create_run_folder
+from .sources import DEFAULT_DATASET
+from .tokens import named_token_ids, split_token_names
+from .tracking import check_trackers
 from .trainer import Trainer
 
 logger = logging.getLogger("fastsae")
 
 
-def train_run(model_name: str, dataset_name: str | None, options: dict[str, Any]) -> None:
-    """Train as the command line asks, then print the table, the folder and the next command."""
+def train_run(options: dict[str, Any]) -> None:
+    """Train as ``options`` (by field name, and ``model`` and ``dataset``) ask; print table, folder and next command."""
+    model_name, dataset_name = options.get("model") or demo.NAME, options.get("dataset")
     if model_name == demo.NAME:
         options = {**demo.TRAINING, **options}
         dataset_name = dataset_name or demo.DATASET
     dataset_name = dataset_name or DEFAULT_DATASET
+    excluded_ids, excluded_names = split_token_names(options.get("exclude_tokens", ()))
+    options = {**options, "exclude_tokens": excluded_ids}
     cfg: TrainConfig = build(TrainConfig, options, sae=build(SaeConfig, options))
     run: RunConfig = build(RunConfig, options)
 
-    resolve_device(run.device)
+    resolve(cfg.implementation, resolve_device(run.device))
+    check_trackers(cfg.log_to)
     folder = create_run_folder(cfg, model_name)  # a folder that cannot be written shows now, not after the work
     folder.rmdir()
     cfg = dataclasses.replace(cfg, run_name=folder.name)
     model = load_model(model_name, run)
-    dataset = load_tokens(dataset_name, run, lambda: load_tokenizer(model_name, run), model.config)
+    tokenizer = cache(lambda: load_tokenizer(model_name, run))
+    if excluded_names:
+        ids = {*excluded_ids, *named_token_ids(excluded_names, tokenizer())}
+        cfg = dataclasses.replace(cfg, exclude_tokens=tuple(sorted(ids)))
+        logger.info("not trained on: %s (ids %s)", ", ".join(excluded_names), ", ".join(map(str, cfg.exclude_tokens)))
+    dataset = load_tokens(dataset_name, run, tokenizer, model.config)
     origin = {"model": model_name, "dataset": dataset_name, **run.to_dict()}
     trainer = Trainer(cfg, dataset, model, origin=origin)
     logger.info(

@@ -17,9 +17,9 @@ class Tracker:
     def __init__(self, folder: Path, log_to: Sequence[str], config: dict[str, Any]):
         self._wandb = self._board = None
         if "wandb" in log_to:
-            self._wandb = _import("wandb", "wandb").init(project="fastsae", name=folder.name, config=config)
+            self._wandb = _import(*_PACKAGES["wandb"]).init(project="fastsae", name=folder.name, config=config)
         if "tensorboard" in log_to:
-            board = _import("torch.utils.tensorboard", "tensorboard")
+            board = _import(*_PACKAGES["tensorboard"])
             self._board = board.SummaryWriter(str(folder / "tensorboard"))
         self._file = open(folder / "metrics.jsonl", "a", buffering=1)  # noqa: SIM115
 
@@ -37,6 +37,15 @@ class Tracker:
             self._wandb.finish()
         if self._board is not None:
             self._board.close()
+
+
+def check_trackers(log_to: Sequence[str]) -> None:
+    """Raise :class:`ConfigError` where a tracker's package is not installed: before any work, not after it."""
+    for name in log_to:
+        _import(*_PACKAGES[name])
+
+
+_PACKAGES = {"wandb": ("wandb", "wandb"), "tensorboard": ("torch.utils.tensorboard", "tensorboard")}
 
 
 def _import(module: str, package: str):

@@ -124,6 +124,12 @@ def test_the_embedded_default(tmp_path, capsys):
         (["train", "--save-dir", "/proc/nowhere"], "error: output: expected a folder that can be written"),
         (["train", "--text-column", "prose"], "expected a text column 'prose'"),
         (["train", "--transcode", "--hookpoints", "h.0.mlp.c_fc"], "got width 128 in and width 512 out"),
+        (["train", "--exclude-tokens", "boss"], "expected a token id or one of bos, eos, pad"),
+        (["train", "--exclude-tokens", "cls"], "expected a tokenizer with the token 'cls', got one that has"),
+        (["train", "org/none", "--streaming"], "error: streaming: expected --max-tokens or --max-examples with it"),
+        (["train", "--load-in-8bit", "--device", "cpu"], "error: load_in_8bit: expected a GPU to load the model on"),
+        (["train", "--data-args", "x"], "error: data_args: expected key=value, got 'x'"),
+        (["train", "demo", "./tokens.bin"], "error: dataset: expected a .bin file of token ids, got './tokens.bin'"),
         (["train", "--k", "many"], "Invalid value for '--k'"),
         (["train", "--bogus", "1"], "No such option: --bogus"),
         (["hookpoints", "./nowhere"], "error: model: expected a folder or hub id"),
@@ -169,3 +175,14 @@ def test_non_finite_activations(tmp_path, capsys):
     assert code == 2
     assert "error: h.1, step 1: expected finite activations" in one_line(err)
     assert not list((tmp_path / "out").rglob("*.safetensors"))
+
+
+def test_tokens_are_excluded_by_name(tmp_path, capsys):
+    code, _, err = run(
+        capsys, "train", "--max-tokens", "2048", "--layers", "1", "--k", "4", "--expansion-factor", "2",
+        "--exclude-tokens", "9", "eos", "--save-dir", str(tmp_path),
+    )  # fmt: skip
+    assert code == 0, err
+    (config,) = tmp_path.glob("*/config.json")
+    assert json.loads(config.read_text())["exclude_tokens"] == [0, 9]
+    assert "not trained on: eos (ids 0, 9)" in one_line(err)

@@ -4,9 +4,10 @@ import dataclasses
 
 import pytest
 
-from fastsae.config import RunConfig, SaeConfig, TrainConfig, TranscoderConfig
+from fastsae.config import SaeConfig, TrainConfig, TranscoderConfig
 from fastsae.errors import ConfigError
 from fastsae.fields import field_docs
+from fastsae.run_config import RunConfig
 
 
 @pytest.mark.parametrize("config", [SaeConfig, TrainConfig, RunConfig])

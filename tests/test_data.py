@@ -10,8 +10,11 @@ from datasets import Dataset, DatasetDict
 from transformers import AutoTokenizer
 
 from fastsae import RunConfig, demo
-from fastsae.data import collate, load_data, load_tokens, tokenize
-from fastsae.errors import ArtifactError
+from fastsae.data import load_tokens
+from fastsae.errors import ArtifactError, ConfigError
+from fastsae.rows import collate
+from fastsae.sources import load_data
+from fastsae.tokens import tokenize
 
 TEXTS = ["def f(x):\n    return x\n", "", "import os\n", "class A:\n    pass\n" * 9]
 
@@ -178,9 +181,9 @@ def test_collate():
 def test_hub_datasets_go_through_load_dataset_with_split_and_token(monkeypatch):
     calls = []
     data = Dataset.from_dict({"text": TEXTS})
-    monkeypatch.setattr("fastsae.data.load_dataset", lambda name, **options: calls.append((name, options)) or data)
+    monkeypatch.setattr("fastsae.sources.load_dataset", lambda name, **options: calls.append((name, options)) or data)
     assert load_data("org/corpus", RunConfig(split="validation", hf_token="hf_x")) is data
-    assert calls == [("org/corpus", {"split": "validation", "token": "hf_x"})]
+    assert calls == [("org/corpus", {"split": "validation", "streaming": False, "token": "hf_x"})]
 
 
 def test_splits_of_a_folder_are_kept_apart(tmp_path, tokenizer):
@@ -195,3 +198,92 @@ def test_splits_of_a_folder_are_kept_apart(tmp_path, tokenizer):
         load_data(str(tmp_path / "data/train-0.parquet"), RunConfig(split="test"))
     with pytest.raises(ArtifactError, match="expected text in column 'id', got int64"):
         tokenize(Dataset.from_dict({"id": [1]}), tokenizer, ctx_len=4, text_column="id")
+
+
+def test_data_args_go_to_load_dataset(tmp_path, monkeypatch):
+    calls = []
+    data = Dataset.from_dict({"text": TEXTS})
+    monkeypatch.setattr("fastsae.sources.load_dataset", lambda path, **options: calls.append((path, options)) or data)
+    load_data("org/corpus", RunConfig(data_args=("name=wiki-v1", "revision=main", "num_proc=2", "keep=true", "x=a=b")))
+    options = {"name": "wiki-v1", "revision": "main", "num_proc": 2, "keep": True, "x": "a=b"}
+    assert calls == [("org/corpus", {"split": "train", "streaming": False, "token": None, **options})]
+    monkeypatch.undo()
+    (tmp_path / "a.csv").write_text("text;id\nhello;1\n")
+    rows = load_data(str(tmp_path / "a.csv"), RunConfig(data_args=("sep=;",)))
+    assert rows[0] == {"text": "hello", "id": 1}
+    with pytest.raises(ArtifactError, match=r"could not read .*a.csv as csv: .*nonsense"):
+        load_data(str(tmp_path / "a.csv"), RunConfig(data_args=("nonsense=1",)))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("wiki", "data_args: expected key=value, got 'wiki'"),
+        ("=x", "data_args: expected key=value, got '=x'"),
+        ("token=hf_x", "data_args: expected no 'token'; use --hf-token"),
+        ("streaming=true", "data_args: expected no 'streaming'; use --streaming"),
+    ],
+)
+def test_data_args_that_cannot_be_used(text, message):
+    with pytest.raises(ConfigError, match=message):
+        RunConfig(data_args=(text,))
+
+
+def test_a_memory_map_is_a_dataset_too(tmp_path, model_config):
+    import numpy as np
+
+    np.arange(1, 1001, dtype="uint16").tofile(tmp_path / "a.bin")
+
+    def load(**options):
+        return load_tokens(str(tmp_path / "a.bin"), RunConfig(ctx_len=10, **options), lambda: None, model_config)
+
+    whole = load()
+    rows = [whole[i]["input_ids"].tolist() for i in range(len(whole))]
+    assert sorted(rows) == [list(range(i, i + 10)) for i in range(1, 1001, 10)]
+    assert rows != sorted(rows)  # shuffled
+    assert [load(max_tokens=35)[i]["input_ids"].tolist() for i in range(3)] == rows[:3]
+    assert (len(load(max_tokens=35)), len(load(max_examples=7))) == (3, 7)
+    assert len(load_tokens(str(tmp_path / "a.bin"), RunConfig(), lambda: None, model_config)) == 1000 // 256
+    with pytest.raises(ArtifactError, match=r"expected a .bin file of token ids, got '.*b.bin', which does not exist"):
+        load_tokens(str(tmp_path / "b.bin"), RunConfig(), lambda: None, model_config)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        ({"input_ids": [["a", "b"]]}, "expected a list of integers per row in 'input_ids', got"),
+        ({"input_ids": [[1.5, 2.5]]}, "expected a list of integers per row in 'input_ids', got float"),
+        ({"input_ids": [[]]}, "expected tokens in 'input_ids', got an empty row"),
+        ({"input_ids": [[1] * 257]}, "at most 256 tokens for this model, got rows of 257"),
+        ({"input_ids": []}, "expected at least one row, got an empty dataset"),
+        ({"text": []}, "expected at least one"),
+        ({"text": [1, 2]}, "expected text in column 'text', got int"),
+        ({"text": [None, ""]}, "expected text in column 'text', got|at least one chunk of 8 tokens"),
+    ],
+)
+def test_rows_that_cannot_be_trained_on(tmp_path, tokenizer, model_config, columns, message, streaming):
+    Dataset.from_dict(columns).save_to_disk(tmp_path)
+    with pytest.raises(ArtifactError, match=message):
+        load_tokens(str(tmp_path), RunConfig(ctx_len=8, streaming=streaming, max_examples=9), tokenizer, model_config)
+
+
+def test_text_that_is_not_utf_8(tmp_path, tokenizer, model_config):
+    (tmp_path / "a.txt").write_bytes(b"caf\xe9 au lait")
+    with pytest.raises(ArtifactError, match=r"could not read .*a.txt as text: .*utf-8"):
+        load_tokens(str(tmp_path / "a.txt"), RunConfig(), tokenizer, model_config)
+
+
+def test_a_damaged_save_to_disk_folder(tmp_path):
+    Dataset.from_dict({"text": TEXTS}).save_to_disk(tmp_path)
+    (arrow,) = tmp_path.glob("*.arrow")
+    arrow.write_bytes(arrow.read_bytes()[:100])
+    with pytest.raises(ArtifactError, match="could not read .* as a save_to_disk folder"):
+        load_data(str(tmp_path), RunConfig())
+
+
+def test_a_folder_of_a_similar_name_is_suggested(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "corpus.jsonl").touch()
+    with pytest.raises(ArtifactError, match=r"got './corpsu.jsonl', .*; did you mean corpus.jsonl\?"):
+        load_data("./corpsu.jsonl", RunConfig())

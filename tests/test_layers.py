@@ -20,9 +20,10 @@ FLOORS = {
     ],
     "fastsae": [
         "errors version demo token_text",
-        "fields",
-        "config",
-        "ops loss checkpoint options run_folder tracking progress",
+        "fields hub rows memmap",
+        "config run_config stream",
+        "tokens options",
+        "ops loss checkpoint overrides run_file run_folder tracking progress sources",
         "sae hooks data model",
         "coders optim metrics compat",
         "saved",
@@ -66,15 +67,8 @@ KERNELS_MAY_IMPORT = {
 }
 MAY_IMPORT_KERNELS = {"ops.py", "optim.py", "bench/cases.py"}
 MAY_IMPORT_HUGGING_FACE = {
-    "hooks.py",
-    "data.py",
-    "model.py",
-    "trainer.py",
-    "coders.py",
-    "cli.py",
-    "demo/build.py",
-    "eval/evaluate.py",
-    "eval/tokens.py",
+    *("hooks.py", "model.py", "trainer.py", "coders.py", "cli.py", "demo/build.py"),
+    *("data.py", "sources.py", "stream.py", "tokens.py", "eval/evaluate.py", "eval/tokens.py"),
 }
 
 

@@ -7,7 +7,7 @@ import types
 import pytest
 
 from fastsae.errors import ConfigError
-from fastsae.tracking import Tracker
+from fastsae.tracking import Tracker, check_trackers
 
 
 def test_jsonl_only_by_default(tmp_path, monkeypatch):
@@ -42,3 +42,11 @@ def test_missing_trackers_say_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     with pytest.raises(ConfigError, match="pip install tensorboard"):
         Tracker(tmp_path, ("tensorboard",), {})
+
+
+def test_missing_trackers_are_found_before_any_work(monkeypatch):
+    check_trackers(())
+    for name, module in (("wandb", "wandb"), ("tensorboard", "torch.utils.tensorboard")):
+        monkeypatch.setitem(sys.modules, module, None)
+        with pytest.raises(ConfigError, match=f"log_to: expected the package '{name}'.*pip install {name}"):
+            check_trackers((name,))

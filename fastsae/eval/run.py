@@ -9,10 +9,10 @@ from typing import Any
 
 from rich.console import Console
 
-from ..config import RunConfig
 from ..errors import ConfigError
 from ..model import is_causal, load_config, load_language_model, load_model, load_tokenizer, resolve_device
 from ..options import build
+from ..run_config import RunConfig
 from ..saved import check_origin, default_model, load_coders, run_record
 from .config import EvalConfig
 from .evaluate import evaluate

@@ -8,10 +8,10 @@ from typing import Any
 
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
-from ..config import RunConfig
 from ..data import held_out_sequences, load_tokens
 from ..errors import ArtifactError
 from ..options import build
+from ..run_config import RunConfig
 
 _OF_THE_DATA = ("split", "text_column", "ctx_len", "max_examples", "max_tokens", "shuffle_seed")
 _LIMITS = ("max_examples", "max_tokens")

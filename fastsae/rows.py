@@ -1,0 +1,155 @@
+"""Rows of token ids in one fixed order, with a cursor that can be saved and restored; batches of them.
+
+Shapes: B rows in a batch, S tokens in a row. Whatever a run reads (a map-style dataset, a memory map, a
+stream), the trainer sees a :class:`RowSource`. Its ``state_dict`` says where it stands, after exactly the rows
+that were taken: a source made in the same way that loads this state goes on with the very next row.
+"""
+
+from __future__ import annotations
+
+import zlib
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .errors import ArtifactError, CheckpointError
+
+Row = Mapping[str, Any]
+"""``input_ids`` of S integers, and where there is padding an ``attention_mask`` of S zeros and ones."""
+
+
+class RowSource(ABC):
+    """Rows in one fixed order, each given once."""
+
+    @abstractmethod
+    def __len__(self) -> int:
+        """Rows in all, from the first, wherever the cursor is; of a stream, the most it will give."""
+
+    @abstractmethod
+    def take(self, count: int) -> list[Row]:
+        """The next ``count`` rows; fewer at the end, and none behind it."""
+
+    @abstractmethod
+    def hold_out(self, count: int) -> RowSource:
+        """Set ``count`` rows apart, before any is taken: the source returned gives them, this one no longer does."""
+
+    @abstractmethod
+    def state_dict(self) -> dict[str, Any]:
+        """Where the cursor is: plain numbers, texts, lists, dicts, and tensors."""
+
+    @abstractmethod
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go there; raises :class:`CheckpointError` where the state is of other data."""
+
+
+class MapRows(RowSource):
+    """The rows ``start`` to ``stop`` of anything with ``len`` and ``[i]``; its cursor is an index."""
+
+    def __init__(self, dataset: Any, start: int = 0, stop: int | None = None):
+        self._dataset, self._start = dataset, start
+        self._count = max(0, (len(dataset) if stop is None else stop) - start)
+        self._next = 0
+
+    def __len__(self) -> int:
+        return self._count
+
+    def take(self, count: int) -> list[Row]:
+        here, self._next = self._next, min(self._next + count, self._count)
+        indices = range(self._start + here, self._start + self._next)
+        many = getattr(self._dataset, "__getitems__", None)
+        return list(many(list(indices))) if many and indices else [self._dataset[i] for i in indices]
+
+    def hold_out(self, count: int) -> MapRows:
+        """The last ``count`` rows."""
+        end = self._start + self._count
+        self._count -= count
+        return MapRows(self._dataset, end - count, end)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {**self._identity(), "next": self._next}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        check_same_data(self._identity(), state)
+        self._next = int(state["next"])
+
+    def _identity(self) -> dict[str, Any]:
+        """With a checksum of the first and last row: other data, or another order, hardly ever agree in both."""
+        ends = (self._start, self._start + self._count - 1) if self._count else ()
+        ids = b"".join(token_ids(self._dataset[i]["input_ids"]).numpy().tobytes() for i in ends)
+        return {"kind": "map", "rows": self._count, "checksum": zlib.crc32(ids)}
+
+
+class Batches:
+    """Batches of a source's rows, in order: dicts of ``input_ids [B, S]`` int64 (and ``attention_mask``).
+
+    Nothing is read ahead: between two batches, the source's ``state_dict`` is the state of the batches given.
+    ``pin`` puts them into page-locked memory, for faster copies to a GPU.
+    """
+
+    def __init__(self, rows: RowSource, batch_size: int, *, pin: bool = False):
+        self.rows, self.batch_size, self._pin = rows, batch_size, pin
+
+    def __len__(self) -> int:
+        """Batches in all, from the first row; the last may be smaller."""
+        return -(-len(self.rows) // self.batch_size)
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        while rows := self.rows.take(self.batch_size):
+            batch = collate(rows)
+            yield {key: tensor.pin_memory() for key, tensor in batch.items()} if self._pin else batch
+
+
+def split_held_out(dataset: Any, wanted: int) -> tuple[RowSource, RowSource]:
+    """(rows to train on, rows held out): at most ``wanted``, and at most a twentieth, are held out.
+
+    ``dataset`` is a :class:`RowSource`, or anything with ``len`` and ``[i]``.
+    """
+    rows = dataset if isinstance(dataset, RowSource) else MapRows(dataset)
+    return rows, rows.hold_out(held_out_sequences(wanted, len(rows)))
+
+
+def held_out_sequences(wanted: int, rows: int) -> int:
+    """How many of a dataset's ``rows`` sequences a run keeps out of training."""
+    return min(wanted, rows // 20)
+
+
+def check_same_data(expected: Mapping[str, Any], state: Mapping[str, Any]) -> None:
+    """Raise :class:`CheckpointError` where ``state`` was saved while reading other data."""
+    for key, value in expected.items():
+        if state.get(key) != value:
+            raise CheckpointError(
+                f"resume: expected the data that the run started with, with {key} = {state.get(key)!r}, got {value!r}; "
+                "give the same dataset, --ctx-len, --shuffle-seed and limits"
+            )
+
+
+def collate(rows: list[Row]) -> dict[str, Tensor]:
+    """Rows of equally many tokens -> ``input_ids [B, S]``, and ``attention_mask [B, S]`` where rows have one."""
+    keys = [key for key in ("input_ids", "attention_mask") if key in rows[0]]
+    batch = {key: [token_ids(row.get(key), key) for row in rows] for key in keys}
+    lengths = sorted({len(ids) for ids in batch["input_ids"]})
+    if len(lengths) > 1:
+        raise ArtifactError(
+            f"dataset: expected input_ids of one length, got lengths from {lengths[0]} to {lengths[-1]}; pack them, "
+            "pad them with an attention_mask, or bring the text instead of input_ids"
+        )
+    return {key: torch.stack(tensors) for key, tensors in batch.items()}
+
+
+def token_ids(value: Any, column: str = "input_ids") -> Tensor:
+    """One row's integers as int64 [S]; raises :class:`ArtifactError` for anything else."""
+    try:
+        ids = torch.as_tensor(value)
+    except (TypeError, ValueError, RuntimeError):
+        ids = None
+    numbers = ids is not None and ids.ndim == 1 and not (len(ids) and (ids.is_floating_point() or ids.is_complex()))
+    if ids is None or not numbers:
+        came = type(value).__name__ if ids is None else f"{ids.dtype} {list(ids.shape)}".removeprefix("torch.")
+        raise ArtifactError(
+            f"dataset: expected a list of integers per row in {column!r}, got {came} {str(value)[:40]!r}; "
+            "bring token ids, or the text in another column (--text-column) without 'input_ids'"
+        )
+    return ids.long()
