@@ -80,6 +80,33 @@ def test_a_stream_that_ends_early_says_so(load, caplog):
     assert stream.take(1) == []
 
 
+def test_rows_by_number_in_order_only(load):
+    stream, same = load(max_examples=302), load(max_examples=302)
+    assert stream[0] == same.take(1)[0]
+    assert stream[1] == same.take(1)[0]
+    with pytest.raises(IndexError, match="expected index 2, the next row of a stream, got 0"):
+        stream[0]
+    stream.take(299)
+    with pytest.raises(ArtifactError, match="expected 302 sequences, the stream ended after 301; lower --max-tokens"):
+        stream[301]
+
+
+def test_a_model_trains_on_a_stream_as_on_the_same_rows(load, tmp_path):
+    from models import make_model
+
+    from fastsae import SaeConfig, TrainConfig, Trainer
+
+    files = []
+    for name, rows in (("stream", load(max_examples=100)), ("rows", load(max_examples=100).take(100))):
+        cfg = TrainConfig(
+            SaeConfig(num_latents=64, k=4), hookpoints=("h.1",), batch_size=8, save_dir=str(tmp_path), run_name=name
+        )
+        summary = Trainer(cfg, rows, make_model("gpt2")).fit(progress=False)
+        assert summary.coders[0].tokens == 95 * 8
+        files.append((summary.folder / "h.1/sae.safetensors").read_bytes())
+    assert files[0] == files[1]
+
+
 @pytest.mark.parametrize("buffer", [1, 5, 1000])
 @pytest.mark.parametrize("taken", [0, 1, 17, 90])
 def test_resuming_gives_the_very_next_row(load, buffer, taken):
