@@ -14,7 +14,6 @@ from rich.table import Table
 from torch import Tensor
 
 from .config import EncodeConfig
-from .data import context_length, document_start
 from .errors import ArtifactError
 from .hooks import run_hooked
 from .model import load_model, load_tokenizer, resolve_device
@@ -23,6 +22,7 @@ from .run_config import RunConfig
 from .sae import FastSae
 from .saved import check_origin, check_places, coder_input, default_model, load_coders, run_record
 from .token_text import token_texts, visible
+from .tokens import context_length, document_start
 
 
 class Firing(NamedTuple):
