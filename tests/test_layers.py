@@ -8,13 +8,13 @@ import pytest
 ROOT = Path(__file__).parents[1]
 FLOORS = {
     "fastsae_kernels": [
-        "keys configs tuning reference cpu_select cpu_sampled gemm_tile by_latent",
-        "encoder_choice groupmax decode cpu_screen",
-        "select act_grad cpu",
-        "resolve latent_grad",
+        "keys configs tuning reference cpu_select cpu_sampled gemm_tile by_latent rules auxk",
+        "encoder_choice groupmax decode cpu_screen step_parts",
+        "select act_grad cpu reference_step",
+        "resolve latent_grad cpu_step",
         "encode",
-        "launch",
-        "autograd",
+        "launch latent_step",
+        "autograd step",
         "__init__",
         "testing",
     ],

@@ -1,0 +1,128 @@
+"""What a training step is made of: the coder, a batch at its selection, and where gradient rows go.
+
+Shapes: N tokens, D width in, E width out (E = D for an autoencoder), L latents, K slots, R rows of a block.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from .auxk import AuxGrads
+from .by_latent import LatentIndex
+from .rules import Rule, State, update_rows
+
+
+class Coder(NamedTuple):
+    """A coder's tensors."""
+
+    weight: Tensor  # [L, D]
+    bias: Tensor  # [L]
+    W_dec: Tensor  # [L, E]
+    b_dec: Tensor  # [E]
+    W_skip: Tensor | None = None  # [E, D]: out += x W_skipᵀ
+    centered: bool = True  # encodes x - b_dec; else x itself, as transcoders do
+    low_weight: Tensor | None = None  # [L, D]: weight in x's dtype, where the optimizer keeps such a copy
+    low_W_dec: Tensor | None = None  # [L, E]
+
+
+class Batch(NamedTuple):
+    """A batch at its selection, ready for the backward pass."""
+
+    index: LatentIndex  # of top_indices, slots without activation left out
+    x: Tensor  # [N, D], what the encoder saw
+    top_acts: Tensor  # [N, K]
+    top_indices: Tensor  # [N, K]
+    residual: Tensor  # [N, E]; with first_k [2, N, E]: for the slots below first_k, and for the rest
+    scale: Tensor  # []: ∂loss/∂x̂ is scale · residual
+    first_k: int  # 0: none
+
+
+class RowGrads(NamedTuple):
+    """Gradients of the latents ``begin ... end - 1``, R of them."""
+
+    begin: int
+    end: int
+    dW_enc: Tensor  # [R, D]
+    db_enc: Tensor  # [R]
+    dW_dec: Tensor  # [R, E]
+
+
+class Sink(Protocol):
+    """Where the two matrices' gradient rows go."""
+
+    def rows(self, begin: int, end: int, dW_enc: Tensor, dW_dec: Tensor) -> None:
+        """Take the gradients of the latents ``begin ... end - 1``; may overwrite them. Called once per latent."""
+        ...
+
+
+@dataclass
+class GradSink:
+    """Add gradient rows to dense gradients."""
+
+    dW_enc: Tensor  # [L, D]
+    dW_dec: Tensor  # [L, E]
+
+    def rows(self, begin: int, end: int, dW_enc: Tensor, dW_dec: Tensor) -> None:
+        self.dW_enc[begin:end] += dW_enc
+        self.dW_dec[begin:end] += dW_dec
+
+
+class Rows(NamedTuple):
+    """A matrix that an optimizer updates row by row."""
+
+    weight: Tensor  # [L, D]
+    state: State
+    unit_rows: bool = False
+    low: Tensor | None = None  # [L, D]: a copy in a narrower dtype, kept up to date
+
+
+@dataclass
+class RowStep:
+    """An optimizer's step number ``step`` (from 1) of the encoder's and the decoder's rows."""
+
+    rule: Rule
+    lr: float
+    step: int
+    encoder: Rows
+    decoder: Rows
+
+    def rows(self, begin: int, end: int, dW_enc: Tensor, dW_dec: Tensor) -> None:
+        for matrix, grad in ((self.encoder, dW_enc), (self.decoder, dW_dec)):
+            update_rows(
+                self.rule, matrix.weight[begin:end], grad,
+                {name: tensor[begin:end] for name, tensor in matrix.state.items()},
+                lr=self.lr, step=self.step, unit_rows=matrix.unit_rows,
+                low=None if matrix.low is None else matrix.low[begin:end],
+            )  # fmt: skip
+
+
+def deliver(blocks: Iterable[RowGrads], coder: Coder, aux: AuxGrads | None, sink: Sink) -> tuple[Tensor, Tensor]:
+    """Hand the blocks, AuxK's rows added, to ``sink``; returns d_bias [L] and ``W_encᵀ d_bias`` [D].
+
+    The product is taken block by block with the weights as they were: ``sink`` may change them.
+    """
+    biases = []
+    through = torch.zeros_like(coder.b_dec, dtype=torch.promote_types(coder.b_dec.dtype, torch.float32))
+    for block in blocks:
+        if aux is not None:
+            _add_rows(block, aux, whole=block.end - block.begin == len(coder.bias))
+        biases.append(block.db_enc)
+        if coder.centered:
+            through += block.db_enc @ coder.weight[block.begin : block.end].to(block.db_enc.dtype)
+        sink.rows(block.begin, block.end, block.dW_enc, block.dW_dec)
+    return torch.cat(biases), through
+
+
+def _add_rows(block: RowGrads, aux: AuxGrads, *, whole: bool) -> None:
+    """Add AuxK's gradients of the block's dead latents; a block of all latents needs no look at which they are."""
+    inside = slice(None)
+    if not whole:
+        inside = slice(*torch.searchsorted(aux.dead, aux.dead.new_tensor([block.begin, block.end])).tolist())
+    rows = aux.dead[inside] - block.begin
+    for total, part in ((block.dW_enc, aux.dW_enc), (block.db_enc, aux.db_enc), (block.dW_dec, aux.dW_dec)):
+        total.index_add_(0, rows, part[inside])
