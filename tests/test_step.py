@@ -177,7 +177,7 @@ def test_bfloat16_with_narrow_copies_is_as_good_as_torch(implementation, device)
     for name, want in truth.items():
         assert_no_worse(
             got[name], plain[name].float(), want, floor=2**-8
-        )  # one rounding of the residual; the interpreter truncates
+        )  # one bfloat16 rounding, which the interpreter cuts
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)

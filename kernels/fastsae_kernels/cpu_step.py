@@ -34,7 +34,7 @@ def decode_residual(
     dtype: torch.dtype,  # of what the residual is rounded to
     first_k: int = 0,
 ) -> tuple[Tensor, Tensor]:
-    """``x̂ - target`` [N, E] and its squared error []; with ``first_k`` [2, N, E] and [2]: of the first slots, of all."""
+    """``x̂ - target`` [N, E] and its squared error []; with ``first_k`` [2, N, E] and [2]: the first slots, then all."""
     acc = accumulator_dtype(target.dtype)
     W_dec, b_dec, target = coder.W_dec.to(acc), coder.b_dec.to(acc), target.to(acc)
 
