@@ -21,17 +21,24 @@ def sampled_products(x: Tensor, weight: Tensor, indices: Tensor) -> Tensor:
     """
     N, C = indices.shape
     if weight.dtype == x.dtype and x.numel() and C:
-        _silence_beta_warning()
-        pattern = torch.sparse_csr_tensor(
-            torch.arange(0, N * C + 1, C), indices.reshape(-1), x.new_zeros(N * C), (N, weight.shape[0])
-        )
-        return torch.sparse.sampled_addmm(pattern, x, weight.t(), beta=0.0).values().view(N, C)
+        return ragged_products(x, weight, indices.reshape(-1), torch.full((N,), C)).view(N, C)
     out = x.new_empty(N, C)
     step = max(1, GATHER // max(1, C * x.shape[1]))
     for start in range(0, N, step):
         part = slice(start, start + step)
         out[part] = torch.einsum("nd,ncd->nc", x[part], weight[indices[part]].to(x.dtype))
     return out
+
+
+def ragged_products(x: Tensor, weight: Tensor, columns: Tensor, counts: Tensor) -> Tensor:
+    """``x[n] · weight[l]`` for the next ``counts[n]`` latents l of ``columns`` [P], row by row; [P].
+
+    ``weight`` has x's dtype (float32 or float64); equal rows give bit-equal products, wherever they stand.
+    """
+    _silence_beta_warning()
+    rows = torch.nn.functional.pad(counts.cumsum(0), (1, 0))
+    pattern = torch.sparse_csr_tensor(rows, columns, x.new_zeros(len(columns)), (len(x), len(weight)))
+    return torch.sparse.sampled_addmm(pattern, x, weight.t(), beta=0.0).values()
 
 
 @functools.cache

@@ -2,12 +2,13 @@
 
 Shapes: N tokens, D width, L latents, K active latents; n rows of a chunk, C candidates.
 
-A bfloat16 product ranks all latents, the C = SCREEN·k best per token are scored again in float32, and the
-k best of these are returned, provided that no excluded latent can beat them:
+A bfloat16 product ranks all latents, the best ones per token are scored again in float32, and the k best of these
+are returned, provided that no excluded latent can beat them. How many are scored again is up to the scores: those
+that lie within twice the bound below the k-th, of at most C = 2k, or more for the tokens that need them.
 
 Bound. Write x̂, ŵ, b̂ for the operands rounded to bfloat16, δ for the rounding errors (known exactly: they
-are computed, not bounded), u = 2⁻⁸ for bfloat16's unit roundoff and t for the smallest screening score
-among the candidates. A float32 sum of D + 1 terms, in any order, is off by at most (D + 8)·2⁻²⁴·(‖x‖‖w‖ + |b|).
+are computed, not bounded), u = 2⁻⁸ for bfloat16's unit roundoff and t for the largest screening score that was
+not scored again. A float32 sum of D + 1 terms, in any order, is off by at most (D + 8)·2⁻²⁴·(‖x‖‖w‖ + |b|).
 By Cauchy-Schwarz
 
     |x̂·ŵ − x·w| = |δx·w + x̂·δw| <= ‖δx‖‖w‖ + (‖x‖ + ‖δx‖)‖δw‖ .
@@ -31,10 +32,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .cpu_sampled import sampled_products
+from .cpu_sampled import ragged_products
 from .cpu_select import candidates, ordered
 
-SCREEN = 3  # candidates per active latent
+SCREENS = (2, 4, 16)  # candidates per active latent: at first, then for tokens that these do not certify
 UNIT_ROUNDOFF = 2.0**-8
 LATENTS = 1024  # latents rounded at a time: the float32 differences stay in cache
 LARGEST = 1e38  # no partial sum below it can overflow
@@ -64,7 +65,7 @@ def pays(x: Tensor, weight: Tensor, k: int) -> bool:
     The product must be large against the selection, and bfloat16 products must be faster than float32 ones:
     so with AMX and on AMD's AVX512-BF16, not on Intel's, whose vdpbf16ps has no more throughput than FMA.
     """
-    return len(x) >= 64 and x.shape[1] >= 256 and 64 * SCREEN * k <= 3 * len(weight) and _fast_bf16()
+    return len(x) >= 64 and x.shape[1] >= 256 and 64 * k <= len(weight) and _fast_bf16()
 
 
 def _fast_bf16() -> bool:
@@ -129,7 +130,6 @@ def screened_topk(
     """Activations [N, K], indices [N, K], and bool [N]: which tokens are certified. The others hold nothing."""
     N = len(x)
     coder = round_coder(weight, bias)
-    count = min(SCREEN * k, weight.shape[0] - 1)  # all of them would leave nothing to bound
     top_acts, top_indices = x.new_empty(N, k), torch.empty(N, k, dtype=torch.int64)
     certified = torch.zeros(N, dtype=torch.bool)
     scratch = torch.empty(min(chunk, N), weight.shape[0], dtype=torch.bfloat16)
@@ -137,16 +137,47 @@ def screened_topk(
         part = x[start : start + chunk]
         low = part.to(torch.bfloat16)
         scores = torch.addmm(coder.bias, low, coder.weight.t(), out=scratch[: len(part)])
-        values, columns, _ = candidates(scores, count)
-        weakest, position = values.topk(count, dim=1, sorted=False)
-        columns = columns.gather(1, position)
-        exact = (sampled_products(part, weight, columns) + bias[columns]).relu()
-        rows = slice(start, start + len(part))
-        top_acts[rows], top_indices[rows] = ordered(exact, columns, k)
-        bound = excluded_bound(weakest.amin(1), part, low, coder)
-        certified[rows] = top_acts[rows, -1] > bound
+        rest = torch.arange(len(part))
+        for factor in SCREENS:
+            count = min(factor * k, weight.shape[0] - 1)  # all of them would leave nothing to bound
+            of_all = len(rest) == len(part)
+            tokens = (scores, part, low) if of_all else (scores[rest], part[rest], low[rest])
+            acts, indices, proven = _rank(*tokens, weight, bias, coder, k, count)
+            top_acts[start + rest], top_indices[start + rest] = acts, indices
+            certified[start + rest] = proven
+            rest = rest[~proven]
+            if not len(rest):
+                break
         _stats[0] += len(part)
-        _stats[1] += int((~certified[rows]).sum())
-        if 2 * certified[rows].sum() < len(part):  # this coder's scores lie too close: do not try the rest
+        _stats[1] += len(rest)
+        if 2 * len(rest) > len(part):  # this coder's scores lie too close: do not try the others
             break
     return top_acts, top_indices, certified
+
+
+def _rank(
+    scores: Tensor,  # [n, L] bfloat16
+    x: Tensor,  # [n, D] float32
+    low: Tensor,  # [n, D]: x in bfloat16
+    weight: Tensor,
+    bias: Tensor,
+    coder: Rounded,
+    k: int,
+    count: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Activations and indices [n, K], and bool [n]: certified. At most ``count`` entries of a row are looked at."""
+    values, columns, _ = candidates(scores, count)
+    values, position = values.topk(count, dim=1)  # every other entry is at most the last of these
+    columns = columns.gather(1, position)
+    kth = values[:, k - 1].double()
+    margin = excluded_bound(kth, x, low, coder) - kth
+    kept = (values >= (kth - 2 * margin)[:, None]) | (torch.arange(count) < k)  # a prefix of each row
+    width = kept.sum(1)
+    weakest = values.gather(1, width.clamp(max=count - 1)[:, None])[:, 0]  # the largest that is not scored again
+    most = int(width.amax()) if len(width) else k
+    kept, columns = kept[:, :most], columns[:, :most]
+    exact = torch.full(columns.shape, -torch.inf)
+    chosen = columns[kept]
+    exact[kept] = ragged_products(x, weight, chosen, width).add_(bias[chosen])
+    top_acts, top_indices = ordered(exact.relu_(), columns, k)
+    return top_acts, top_indices, top_acts[:, -1] > excluded_bound(weakest, x, low, coder)
