@@ -100,11 +100,11 @@ class TrainConfig:
     micro_acc_steps: int = 1
     """Chunks that the activations of a batch are trained in, to save memory."""
 
-    optimizer: Literal["adam"] = "adam"
-    """The optimizer."""
+    optimizer: Literal["adam", "adam8bit", "signum", "bnb_adam8bit"] = "adam"
+    """The optimizer; adam8bit keeps its moments in 8 bits, signum is schedule-free and has no warm-up."""
 
     lr: float | None = None
-    """Learning rate; by default 2e-4 / sqrt(latents / 2**14)."""
+    """Learning rate; by default 2e-4 (signum: 5e-3) / sqrt(latents / 2**14)."""
 
     lr_warmup_steps: int = 1000
     """Optimizer steps of linear warm-up, at most a tenth of the run; then linear decay to the last step."""

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .errors import NonFiniteError
+from .joint import StepLosses
 from .sae import FastSae, ForwardOutput
 
 
@@ -20,32 +21,36 @@ class TrainingMetrics:
     def __init__(self, name: str, coder: FastSae):
         self.name, self.coder = name, coder
         self.tokens_since_fired = torch.zeros(coder.num_latents, dtype=torch.int64, device=coder.device)
-        self._fired = torch.zeros(coder.num_latents, dtype=torch.uint8, device=coder.device)
+        self._fired = torch.zeros(coder.num_latents, dtype=torch.bool, device=coder.device)
+        self._dead: DeadLatents | None = None
         self._sums = torch.zeros(4, device=coder.device)  # fvu, auxk, multi_topk_fvu, batches
         self.stopwatch = Stopwatch(coder.device)
         self._bad_step = torch.full((2,), -1, dtype=torch.int64, device=coder.device)  # activations, losses
 
-    def add(self, out: ForwardOutput, share: float) -> None:
+    def add(self, losses: StepLosses, share: float) -> None:
         """Add the losses of a batch, or of a chunk that holds ``share`` of it; no synchronisation."""
-        losses = torch.stack([out.fvu, out.auxk_loss, out.multi_topk_fvu]).detach().float()
-        self._sums[:3] += losses
+        self._sums[:3] += torch.stack([losses.fvu, losses.auxk, losses.multi_topk_fvu]).float()
         self._sums[3] += share
-        fired = (out.latent_acts.detach() > 0).to(torch.uint8).flatten()
-        self._fired.scatter_reduce_(0, out.latent_indices.flatten(), fired, "amax")
+        self._fired |= losses.fired
 
     def watch(self, step: int, variance: Tensor) -> None:
         """Remember the first step at which the activations' variance or the losses stopped being usable."""
         usable = torch.stack([variance.isfinite() & (variance > 0), self._sums.isfinite().all()])
         self._bad_step = torch.where((self._bad_step < 0) & ~usable, step, self._bad_step)
 
-    def end_step(self, tokens: int | Tensor) -> None:
-        """Count an optimizer step's tokens; latents that fired in it start from 0."""
+    def end_step(self, tokens: int, threshold: int | None = None) -> None:
+        """Count a step's tokens; latents that fired in it start from 0. ``threshold``: find the dead ones."""
         self.tokens_since_fired += tokens
-        self.tokens_since_fired *= 1 - self._fired.long()
+        self.tokens_since_fired.masked_fill_(self._fired, 0)
         self._fired.zero_()
+        self._dead = None if threshold is None else DeadLatents(self.dead(threshold))
 
     def dead(self, threshold: int) -> Tensor:  # bool [L]
         return self.tokens_since_fired > threshold
+
+    def dead_ids(self) -> Tensor | None:  # [R] int64, ascending
+        """The latents that were dead at the end of the last step; None where nobody looked, or none was."""
+        return None if self._dead is None else self._dead.ids()
 
     def read(self, threshold: int) -> dict[str, float]:
         """Means since the last reading, as Python numbers; raises :class:`NonFiniteError` by name and step."""
@@ -81,6 +86,28 @@ class TrainingMetrics:
                 f"{self.name}, step {step}: expected finite weights, got NaN or inf; nothing was saved since. "
                 "Lower --lr"
             )
+
+
+class DeadLatents:
+    """Which latents are dead, without stopping the GPU: their number travels to the host while it works on."""
+
+    def __init__(self, mask: Tensor):  # bool [L]
+        self._mask, self._count = mask, mask.sum()
+        self._arrived: torch.cuda.Event | None = None
+        self._ids: Tensor | None = None
+        if mask.is_cuda:
+            self._count = torch.empty((), dtype=torch.int64, pin_memory=True).copy_(self._count, non_blocking=True)
+            self._arrived = torch.cuda.Event()
+            self._arrived.record()
+
+    def ids(self) -> Tensor | None:  # [R] int64, ascending
+        """The dead latents; None where there are none."""
+        if self._arrived is not None:
+            self._arrived.synchronize()  # recorded a step ago: the GPU is past it, or the host is a step ahead
+            self._arrived = None
+        if self._ids is None and int(self._count):
+            self._ids = torch.nonzero_static(self._mask, size=int(self._count))[:, 0]
+        return self._ids
 
 
 class Stopwatch:

@@ -13,12 +13,27 @@ import os
 import fastsae_kernels
 import torch
 from fastsae_kernels import EncoderOutput
+from fastsae_kernels.step import Coder, GradSink, Loss, RowStep, Sink, StepOutput
 from torch import Tensor
 
 from .errors import ConfigError
 
 logger = logging.getLogger("fastsae")
 _logged: set[str] = set()
+
+__all__ = [
+    "Coder",
+    "EncoderOutput",
+    "GradSink",
+    "Loss",
+    "RowStep",
+    "Sink",
+    "StepOutput",
+    "coder_step",
+    "resolve",
+    "sparse_decode",
+    "topk_encode",
+]
 
 IMPLEMENTATIONS = ("auto", "triton", "cpu", "reference")
 
@@ -79,4 +94,13 @@ def sparse_decode(
     """:func:`fastsae_kernels.sparse_decode` by the implementation that fits ``W_dec.device``."""
     return fastsae_kernels.sparse_decode(
         top_acts, top_indices, W_dec, b_dec, implementation=resolve(implementation, W_dec.device)
+    )
+
+
+def coder_step(
+    x: Tensor, target: Tensor, coder: Coder, loss: Loss, sink: Sink, *, implementation: str, **options
+) -> StepOutput:
+    """:func:`fastsae_kernels.step.coder_step` by the implementation that fits ``x.device``."""
+    return fastsae_kernels.step.coder_step(
+        x, target, coder, loss, sink, implementation=resolve(implementation, x.device), **options
     )

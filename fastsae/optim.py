@@ -1,32 +1,67 @@
-"""Optimizers and learning-rate rules for coders."""
+"""Which optimizer trains coders, and by which learning-rate rules."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 
 import torch
-from torch.optim import Adam, Optimizer
+from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from .config import TrainConfig
+from .errors import ConfigError
+from .row_optimizer import RULES, RowOptimizer, on_sphere
 from .sae import FastSae
 
-
-def adam_lr(num_latents: int) -> float:
-    """sparsify's rule: 2e-4 / sqrt(latents / 2**14)."""
-    return 2e-4 / (num_latents / 2**14) ** 0.5
+BASE_RATES = {"adam": 2e-4, "adam8bit": 2e-4, "bnb_adam8bit": 2e-4, "signum": 5e-3}
+"""sparsify's learning rates at 2**14 latents; they fall with the root of the number of latents."""
 
 
-def make_optimizer(cfg: TrainConfig, coders: Iterable[FastSae]) -> Optimizer:
-    """One optimizer over all coders, a parameter group (with its own learning rate) for each."""
-    groups = [{"params": list(coder.parameters()), "lr": cfg.lr or adam_lr(coder.num_latents)} for coder in coders]
-    fused = all(p.device.type in ("cpu", "cuda") for group in groups for p in group["params"])
-    return Adam(groups, fused=fused)
+def default_lr(optimizer: str, num_latents: int) -> float:
+    """sparsify's rule: the base rate / sqrt(latents / 2**14)."""
+    return BASE_RATES[optimizer] / (num_latents / 2**14) ** 0.5
+
+
+def make_optimizer(cfg: TrainConfig, coders: Iterable[FastSae], low_dtype: torch.dtype | None = None) -> Optimizer:
+    """One optimizer over all coders, with a learning rate for each.
+
+    ``low_dtype``: the precision that the coders compute in, if it is narrower than their weights'; the matrices
+    are then also kept in it. Raises :class:`ConfigError` where bitsandbytes is asked for and missing.
+    """
+    coders = list(coders)
+    rates = [cfg.lr or default_lr(cfg.optimizer, coder.num_latents) for coder in coders]
+    if cfg.optimizer in RULES:
+        return RowOptimizer(coders, rates, RULES[cfg.optimizer], low_dtype)
+    groups = [{"params": list(coder.parameters()), "lr": lr} for coder, lr in zip(coders, rates, strict=True)]
+    return _bitsandbytes_adam(groups)
+
+
+def _bitsandbytes_adam(groups: list[dict]) -> Optimizer:
+    try:
+        from bitsandbytes.optim import Adam8bit
+    except ImportError:
+        raise ConfigError(
+            "optimizer: expected the package bitsandbytes for 'bnb_adam8bit', it is not installed; "
+            "pip install bitsandbytes, or use 'adam8bit', which needs no package"
+        ) from None
+    if not all(p.is_cuda for group in groups for p in group["params"]):
+        raise ConfigError(
+            "optimizer: expected coders on a GPU for 'bnb_adam8bit', got them elsewhere; "
+            "use 'adam8bit', which runs everywhere"
+        )
+    return Adam8bit(groups)
 
 
 def warmup_steps(cfg: TrainConfig, total_steps: int) -> int:
     """The warm-up asked for, but at most a tenth of the run, so that short runs reach their learning rate."""
     return min(cfg.lr_warmup_steps, total_steps // 10)
+
+
+def make_schedule(cfg: TrainConfig, optimizer: Optimizer, total_steps: int) -> LambdaLR:
+    """Warm-up and decay, or a constant rate for signum, whose averaging takes a schedule's place."""
+    if cfg.optimizer == "signum":
+        return LambdaLR(optimizer, lambda _step: 1.0)
+    return linear_schedule(optimizer, warmup_steps(cfg, total_steps), total_steps)
 
 
 def linear_schedule(optimizer: Optimizer, warmup: int, total_steps: int) -> LambdaLR:
@@ -40,14 +75,13 @@ def linear_schedule(optimizer: Optimizer, warmup: int, total_steps: int) -> Lamb
     return LambdaLR(optimizer, factor)
 
 
-def apply_gradients(optimizer: Optimizer, schedule: LambdaLR, coders: Iterable[FastSae]) -> None:
-    """One optimizer step; decoders that are kept at unit norm stay on the sphere, exactly."""
-    spheres = [coder for coder in coders if coder.cfg.normalize_decoder and not coder.cfg.transcode]
+def apply_gradients(optimizer: Optimizer, coders: Iterable[FastSae]) -> None:
+    """One optimizer step on the gradients that are there; decoders kept at unit norm stay on the sphere, exactly."""
+    spheres = [coder for coder in coders if on_sphere(coder)] if not isinstance(optimizer, RowOptimizer) else []
     for coder in spheres:
         coder.remove_gradient_parallel_to_decoder_directions()
     optimizer.step()
-    schedule.step()
-    optimizer.zero_grad()
+    optimizer.zero_grad(set_to_none=False)  # the next step's sums start in the same memory
     for coder in spheres:
         coder.set_decoder_norm_to_unit_norm()
 

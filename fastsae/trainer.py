@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from itertools import islice
 from typing import Any, cast
 
@@ -18,15 +19,18 @@ from torch.utils.data import DataLoader, Dataset, Subset
 from transformers import PreTrainedModel
 
 from . import loss
+from .batches import ModelBatch, prefetched, prepare
 from .checkpoint import write_json
 from .coders import find_hookpoints, init_biases, make_coders
 from .config import TrainConfig
 from .data import collate, held_out_sequences
 from .errors import ArtifactError, HookpointError
 from .hooks import run_hooked
+from .joint import joint_step
 from .metrics import HeldOutMetrics, TrainingMetrics
-from .optim import apply_gradients, learning_rates, linear_schedule, make_optimizer, warmup_steps
+from .optim import apply_gradients, learning_rates, make_optimizer, make_schedule
 from .progress import CoderSummary, RunSummary, TrainProgress
+from .row_optimizer import RowOptimizer
 from .run_folder import create_run_folder
 from .sae import FastSae
 from .tracking import Tracker
@@ -55,9 +59,11 @@ class Trainer:
         self.hookpoints = find_hookpoints(model, cfg)
         self.coders = make_coders(cfg, self.hookpoints, model)
         self.metrics = {name: TrainingMetrics(name, coder) for name, coder in self.coders.items()}
-        self.optimizer = make_optimizer(cfg, self.coders.values())
-        self.schedule = linear_schedule(self.optimizer, warmup_steps(cfg, self.total_steps), self.total_steps)
-        self._excluded = torch.tensor(cfg.exclude_tokens, device=model.device)
+        low_dtype = model.dtype if model.device.type == "cuda" and model.dtype != torch.float32 else None
+        self.optimizer = make_optimizer(cfg, self.coders.values(), low_dtype)
+        self.schedule = make_schedule(cfg, self.optimizer, self.total_steps)
+        self._in_place = self._can_update_in_place()
+        self._vocabulary = cast(nn.Embedding, model.get_input_embeddings()).num_embeddings
         self.step = 0
         self.tokens = 0
         self._initialised: set[str] = set()
@@ -95,14 +101,17 @@ class Trainer:
         """One optimizer step on the summed gradients of ``batches`` (each with ``input_ids [B, S]``)."""
         self._share = 1 / len(batches)
         tokens = 0
-        for batch in batches:
-            self._mask = self._token_mask(batch)
-            tokens += batch["input_ids"].numel() if self._mask is None else int(self._mask.sum())
+        for rows in batches:
+            batch = self._prepare(rows)
+            self._batch = batch
+            tokens += batch.tokens
             self._run_model(batch, self._train_hookpoint)
         self._lr = max(learning_rates(self.optimizer))
-        apply_gradients(self.optimizer, self.schedule, self.coders.values())
+        apply_gradients(self.optimizer, self.coders.values())
+        self.schedule.step()
+        auxk = self.cfg.auxk_alpha > 0 and self.tokens + tokens > self.cfg.dead_feature_threshold
         for metrics in self.metrics.values():
-            metrics.end_step(tokens)
+            metrics.end_step(tokens, self.cfg.dead_feature_threshold if auxk else None)
         self.step += 1
         self.tokens += tokens
 
@@ -122,9 +131,16 @@ class Trainer:
         for metrics in self.metrics.values():
             metrics.check()
             metrics.check_weights(self.step)
-        for name, coder in self.coders.items():
-            coder.notes = {**self._notes(), "hookpoint": name.partition("/")[0]}
-            coder.save_to_disk(self.folder / name)
+        with self.evaluation_weights():
+            for name, coder in self.coders.items():
+                coder.notes = {**self._notes(), "hookpoint": name.partition("/")[0]}
+                coder.save_to_disk(self.folder / name)
+
+    def evaluation_weights(self) -> AbstractContextManager[None]:
+        """Inside the block coders have the weights to use: averaged ones, where the optimizer averages."""
+        if isinstance(self.optimizer, RowOptimizer):
+            return self.optimizer.evaluation_weights(self.coders.values())
+        return nullcontext()
 
     @torch.no_grad()
     def held_out_metrics(self) -> dict[str, dict[str, float]]:
@@ -136,9 +152,10 @@ class Trainer:
             for coder_name, coder in self._coders_at(name) if len(y) else ():
                 measured[coder_name].add(y, coder(x, y))
 
-        for batch in self._loader(self.held_out_rows):
-            self._mask = self._token_mask(batch)
-            self._run_model(batch, measure)
+        with self.evaluation_weights():
+            for rows in self._loader(self.held_out_rows):
+                self._batch = self._prepare(rows)
+                self._run_model(self._batch, measure)
         return {name: metrics.read() for name, metrics in measured.items()}
 
     def summarise(self, seconds: float) -> RunSummary:
@@ -165,53 +182,57 @@ class Trainer:
         if len(y) == 0:
             return
         variance, chunks = loss.total_variance(y), self.cfg.micro_acc_steps
-        auxk = self.cfg.auxk_alpha > 0 and self.tokens > self.cfg.dead_feature_threshold
+        optimizer = self.optimizer if self._in_place and isinstance(self.optimizer, RowOptimizer) else None
         for coder_name, coder in self._coders_at(name):
             if coder_name not in self._initialised:
                 init_biases(coder, x, y)
                 self._initialised.add(coder_name)
             metrics = self.metrics[coder_name]
-            dead = metrics.dead(self.cfg.dead_feature_threshold) if auxk else None
-            with metrics.stopwatch, torch.enable_grad():
+            with metrics.stopwatch:
                 for x_part, y_part in zip(x.chunk(chunks), y.chunk(chunks), strict=True):
-                    out = coder(x_part, y_part, dead_mask=dead, total_variance=variance)
-                    total = out.fvu + self.cfg.auxk_alpha * out.auxk_loss + out.multi_topk_fvu / 8
-                    (total * self._share).backward()
-                    metrics.add(out, len(y_part) / len(y))
+                    losses = joint_step(
+                        coder, x_part, y_part, variance, self.cfg,
+                        dead=metrics.dead_ids(), share=self._share, optimizer=optimizer,
+                    )  # fmt: skip
+                    metrics.add(losses, len(y_part) / len(y))
             metrics.watch(self.step + 1, variance)
+
+    def _can_update_in_place(self) -> bool:
+        """Whether matrices can take their step inside the backward pass: nothing else needs their gradients."""
+        once = all(hookpoint.calls == 1 for hookpoint in self.hookpoints.values())
+        autograd = self.cfg.sae.multi_topk and self.cfg.sae.activation != "topk"
+        return self.cfg.grad_acc_steps == self.cfg.micro_acc_steps == 1 and once and not autograd
 
     def _tokens(self, name: str, inputs: Tensor | None, output: Tensor) -> tuple[Tensor, Tensor]:
         """(x, y) as [N, D] after masking; for an autoencoder both are the module's output."""
-        if self._mask is not None and output.shape[:-1] != self._mask.shape:
+        positions, shape = self._batch.positions, self._batch.ids.shape
+        if positions is not None and output.shape[:-1] != shape:
             raise HookpointError(
-                f"{name}: expected activations {list(self._mask.shape)} tokens by width to leave tokens out, "
+                f"{name}: expected activations {list(shape)} tokens by width to leave tokens out, "
                 f"got {list(output.shape)}; train this hookpoint without --exclude-tokens and attention masks"
             )
-        y = output.flatten(0, -2) if self._mask is None else output[self._mask]
+
+        def kept(activations: Tensor) -> Tensor:
+            rows = activations.flatten(0, -2)
+            return rows if positions is None else rows.index_select(0, positions)
+
+        y = kept(output)
         if not self.cfg.sae.transcode:
             return y, y
         assert inputs is not None
-        return (inputs.flatten(0, -2) if self._mask is None else inputs[self._mask]), y
+        return kept(inputs), y
 
     def _coders_at(self, hookpoint: str) -> Iterator[tuple[str, FastSae]]:
         return ((name, coder) for name, coder in self.coders.items() if name.partition("/")[0] == hookpoint)
 
-    def _run_model(self, batch: dict[str, Tensor], callback) -> None:
+    def _run_model(self, batch: ModelBatch, callback) -> None:
         calls = {name: hookpoint.calls for name, hookpoint in self.hookpoints.items()}
-        mask, ids = batch.get("attention_mask"), batch["input_ids"]
-        vocabulary = cast(nn.Embedding, self.model.get_input_embeddings()).num_embeddings
-        if ids.min() < 0 or ids.max() >= vocabulary:
-            raise ArtifactError(
-                f"dataset: expected token ids from 0 to {vocabulary - 1}, got {ids.min()} to {ids.max()}; "
-                "was it tokenised for another model?"
-            )
-        device = self.model.device
-        run_hooked(self.model, ids.to(device), calls, callback, None if mask is None else mask.to(device))
+        run_hooked(self.model, batch.ids, calls, callback, batch.attention_mask)
 
     # ---- data ----
 
     def _steps(self) -> Iterator[list[dict[str, Tensor]]]:
-        batches = iter(self._loader(self.train_rows))
+        batches = prefetched(self._loader(self.train_rows))
         while group := list(islice(batches, self.cfg.grad_acc_steps)):
             yield group
 
@@ -219,15 +240,8 @@ class Trainer:
         pin = self.model.device.type == "cuda"
         return DataLoader(rows, batch_size=self.cfg.batch_size, collate_fn=collate, pin_memory=pin)
 
-    def _token_mask(self, batch: dict[str, Tensor]) -> Tensor | None:
-        """bool [B, S], True where a token is trained on; None where all are."""
-        mask = None
-        if "attention_mask" in batch:
-            mask = batch["attention_mask"].to(self.model.device).bool()
-        if len(self._excluded):
-            kept = torch.isin(batch["input_ids"].to(self.model.device), self._excluded, invert=True)
-            mask = kept if mask is None else mask & kept
-        return mask
+    def _prepare(self, rows: dict[str, Tensor]) -> ModelBatch:
+        return prepare(rows, torch.tensor(self.cfg.exclude_tokens), self._vocabulary, self.model.device)
 
     def _model_name(self) -> str:
         return str(self.origin.get("model") or self.model.name_or_path or type(self.model).__name__)

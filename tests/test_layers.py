@@ -11,9 +11,9 @@ FLOORS = {
         "keys configs tuning reference cpu_select cpu_sampled gemm_tile by_latent rules auxk",
         "encoder_choice groupmax decode cpu_screen step_parts",
         "select act_grad cpu reference_step",
-        "resolve latent_grad cpu_step",
+        "resolve latent_grad cpu_step row_update",
         "encode",
-        "launch latent_step",
+        "launch latent_step update",
         "autograd step",
         "__init__",
         "testing",
@@ -23,10 +23,11 @@ FLOORS = {
         "fields hub rows memmap",
         "config run_config stream",
         "tokens options",
-        "ops loss checkpoint overrides run_file run_folder tracking progress sources",
+        "ops loss checkpoint overrides run_file run_folder tracking progress sources batches",
         "sae hooks data model",
-        "coders optim metrics compat",
-        "saved",
+        "coders row_optimizer compat",
+        "joint optim",
+        "metrics saved",
         "trainer eval encode",
         "run bench",
         "cli __init__",
@@ -65,7 +66,7 @@ KERNELS_MAY_IMPORT = {
     *("__future__", "torch", "triton", "typing", "os", "functools", "math", "dataclasses", "collections"),
     *("contextlib", "types", "json", "logging", "pathlib", "tempfile", "warnings"),
 }
-MAY_IMPORT_KERNELS = {"ops.py", "optim.py", "bench/cases.py"}
+MAY_IMPORT_KERNELS = {"ops.py", "row_optimizer.py", "bench/cases.py"}
 MAY_IMPORT_HUGGING_FACE = {
     *("hooks.py", "model.py", "trainer.py", "coders.py", "cli.py", "demo/build.py"),
     *("data.py", "sources.py", "stream.py", "tokens.py", "eval/evaluate.py", "eval/tokens.py"),

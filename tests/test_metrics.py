@@ -5,8 +5,9 @@ import time
 import pytest
 import torch
 
-from fastsae import FastSae, SaeConfig
+from fastsae import FastSae, SaeConfig, TrainConfig
 from fastsae.errors import NonFiniteError
+from fastsae.joint import StepLosses, joint_step
 from fastsae.metrics import HeldOutMetrics, Stopwatch, TrainingMetrics
 
 
@@ -14,6 +15,12 @@ from fastsae.metrics import HeldOutMetrics, Stopwatch, TrainingMetrics
 def coder() -> FastSae:
     torch.manual_seed(0)
     return FastSae(5, SaeConfig(num_latents=16, k=3))
+
+
+def step_losses(coder: FastSae, y: torch.Tensor, variance: torch.Tensor | None = None) -> StepLosses:
+    if variance is None:
+        variance = (y - y.mean(0)).pow(2).sum()
+    return joint_step(coder, y, y, variance, TrainConfig(), dead=None, share=1.0, optimizer=None)
 
 
 def test_held_out_fvu_uses_the_global_mean(coder):
@@ -32,12 +39,12 @@ def test_held_out_fvu_uses_the_global_mean(coder):
 def test_training_means_over_batches_and_chunks(coder):
     metrics = TrainingMetrics("h.0", coder)
     a, b = torch.randn(8, 5), torch.randn(8, 5)
-    metrics.add(coder(a), 1.0)
+    metrics.add(step_losses(coder, a), 1.0)
     variance = (b - b.mean(0)).pow(2).sum()
     for part in b.chunk(2):
-        metrics.add(coder(part, total_variance=variance), 0.5)
+        metrics.add(step_losses(coder, part, variance), 0.5)
     assert metrics.read(10)["fvu"] == pytest.approx((coder(a).fvu + coder(b).fvu).item() / 2, rel=1e-5)
-    metrics.add(coder(a), 1.0)
+    metrics.add(step_losses(coder, a), 1.0)
     assert metrics.read(10)["fvu"] == pytest.approx(coder(a).fvu.item(), rel=1e-5)  # starts anew after a reading
 
 
@@ -47,10 +54,13 @@ def test_silent_latents_are_counted_in_tokens(coder):
         coder.encoder.weight.zero_()
         coder.encoder.bias.fill_(-1.0)
         coder.encoder.bias[[3, 7]] = 1.0  # k = 3: a third latent is selected with activation 0
-    metrics.add(coder(torch.randn(4, 5)), 1.0)
+    metrics.add(step_losses(coder, torch.randn(4, 5)), 1.0)
     metrics.end_step(4)
     assert metrics.tokens_since_fired.tolist() == [0 if i in (3, 7) else 4 for i in range(16)]
-    metrics.end_step(torch.tensor(10))
+    metrics.end_step(10, threshold=13)
+    dead = metrics.dead_ids()
+    assert dead is not None
+    assert dead.tolist() == [i for i in range(16) if i not in (3, 7)]
     assert metrics.tokens_since_fired.tolist() == [10 if i in (3, 7) else 14 for i in range(16)]
     assert metrics.dead(10).sum() == 14
     assert metrics.read(10)["dead_pct"] == pytest.approx(100 * 14 / 16)
@@ -67,7 +77,7 @@ def test_silent_latents_are_counted_in_tokens(coder):
 def test_unusable_activations_are_named_with_their_first_step(coder, x, message):
     metrics = TrainingMetrics("h.0", coder)
     for step, y in enumerate([torch.randn(4, 5), torch.randn(4, 5), x, x], 1):
-        metrics.add(coder(y), 1.0)
+        metrics.add(step_losses(coder, y), 1.0)
         metrics.watch(step, (y - y.mean(0)).pow(2).sum())
     with pytest.raises(NonFiniteError, match=message):
         metrics.read(10)
@@ -78,7 +88,7 @@ def test_divergence_is_told_from_bad_activations(coder):
     with torch.no_grad():
         coder.b_dec.fill_(float("nan"))
     y = torch.randn(4, 5)
-    metrics.add(coder(y), 1.0)
+    metrics.add(step_losses(coder, y), 1.0)
     metrics.watch(8, (y - y.mean(0)).pow(2).sum())
     with pytest.raises(NonFiniteError, match="h.0, step 8: expected a finite loss.*Lower --lr"):
         metrics.check()

@@ -112,7 +112,7 @@ def test_the_schedule_ends_with_the_run_also_under_accumulation(tmp_path):
     assert trainer.total_steps == 4  # 21 sequences: 7 batches, the last step has one
     trainer.fit(progress=False)
     assert trainer.step == 4
-    assert trainer.schedule.get_last_lr() == [0.0]
+    assert trainer.schedule.get_last_lr() == [0.0, 0.0]
 
 
 def test_bias_starts_at_the_first_batchs_mean_without_excluded_tokens(tmp_path):

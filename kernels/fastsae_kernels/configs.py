@@ -248,3 +248,31 @@ def latent_grad_config(D: int, itemsize: int) -> LatentGradConfig:
     if BLOCK_D == 8192:
         return LatentGradConfig(1, BLOCK_D, num_warps=16)
     return LatentGradConfig(BLOCK_P, 4096, num_warps=8)
+
+
+def update_warps(BLOCK_D: int) -> int:
+    """Warps of an optimizer's kernel that holds a row of BLOCK_D columns, its gradient and its moments."""
+    return max(1, min(16, BLOCK_D // 256))
+
+
+@dataclass(frozen=True)
+class LatentStepConfig:
+    """Tiles of the latent-major backward with the optimizer behind it."""
+
+    LATENTS: int
+    """Latents per program: one partial row of W_encᵀ d_bias is written for all of them."""
+
+    BLOCK_P: int
+    """Pairs per iteration."""
+
+    BLOCK_D: int
+    """At least D: the whole row in registers."""
+
+    num_warps: int
+
+
+def latent_step_config(D: int, itemsize: int) -> LatentStepConfig:
+    """As the backward alone, which needs the same rows; its moments come when the pairs' tiles are gone."""
+    grad = latent_grad_config(min(D, 8192), itemsize)
+    BLOCK_D = max(16, triton.next_power_of_2(D))
+    return LatentStepConfig(16, grad.BLOCK_P, BLOCK_D, max(grad.num_warps, update_warps(BLOCK_D)))

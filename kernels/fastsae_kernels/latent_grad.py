@@ -45,6 +45,61 @@ def _load_rows(ptr, rows, mask_p, offs_d, mask_d, D):
     return tile.to(tl.float32)
 
 
+@triton.jit
+def add_chunks(
+    dW_dec, dW_enc, db_enc,  # [BLOCK_D], [BLOCK_D], []
+    chunk, chunk_end,
+    part_dec_ptr, part_enc_ptr, part_db_ptr,  # [C, D], [C, D], [C]; None: that side is not asked for
+    offs_d, mask_d, D: tl.constexpr,
+):  # fmt: skip
+    """The sums plus the partial rows of a hot latent's full chunks, in order."""
+    while chunk < chunk_end:
+        if part_dec_ptr is not None:
+            dW_dec += tl.load(part_dec_ptr + chunk * D + offs_d, mask=mask_d, other=0.0)
+        if part_enc_ptr is not None:
+            dW_enc += tl.load(part_enc_ptr + chunk * D + offs_d, mask=mask_d, other=0.0)
+            db_enc += tl.load(part_db_ptr + chunk)
+        chunk += 1
+    return dW_dec, dW_enc, db_enc
+
+
+@triton.jit
+def add_pairs(
+    dW_dec, dW_enc, db_enc,  # [BLOCK_D], [BLOCK_D], []
+    begin, end, pairs_ptr,
+    acts_ptr, grad_ptr, scale, x_ptr,  # grad_ptr None: no decoder side; x_ptr None: no encoder side
+    W_row,  # [BLOCK_D]; None: d_acts are given
+    d_acts_ptr,  # [N, K]: read if W_row is None, else written; None: neither
+    N, offs_d, mask_d,
+    D: tl.constexpr, K: tl.constexpr, FIRST_K: tl.constexpr, BLOCK_P: tl.constexpr,
+):  # fmt: skip
+    """The sums plus what the pairs ``begin ... end - 1`` of the index add, BLOCK_P at a time."""
+    offs_p = tl.arange(0, BLOCK_P)
+    while begin < end:
+        mask_p = begin + offs_p < end
+        pair = tl.load(pairs_ptr + begin + offs_p, mask=mask_p, other=0)
+        token = pair // K
+        if grad_ptr is not None:
+            grad_row = token
+            if FIRST_K > 0:
+                grad_row += tl.where(pair % K >= FIRST_K, N.to(tl.int64), 0)
+            grad = _load_rows(grad_ptr, grad_row, mask_p, offs_d, mask_d, D)
+            act = tl.load(acts_ptr + pair, mask=mask_p, other=0.0).to(tl.float32)
+            dW_dec += tl.sum((act * scale)[:, None] * grad, axis=0)
+        if W_row is not None:
+            d_act = tl.sum(grad * W_row[None, :], axis=1) * scale
+            if d_acts_ptr is not None:
+                tl.store(d_acts_ptr + pair, d_act, mask=mask_p)
+        elif x_ptr is not None:
+            d_act = tl.load(d_acts_ptr + pair, mask=mask_p, other=0.0).to(tl.float32)
+        if x_ptr is not None:
+            x = _load_rows(x_ptr, token, mask_p, offs_d, mask_d, D)
+            dW_enc += tl.sum(d_act[:, None] * x, axis=0)
+            db_enc += tl.sum(d_act, axis=0)
+        begin += BLOCK_P
+    return dW_dec, dW_enc, db_enc
+
+
 @triton.jit(do_not_specialize=["N", "L", "split"])
 def _latent_grad_kernel(
     pairs_ptr, offsets_ptr, chunk_offsets_ptr, chunk_latents_ptr, split,  # the index
@@ -73,49 +128,24 @@ def _latent_grad_kernel(
         end = begin + split
     else:
         latent = row
-        first_chunk = tl.load(chunk_offsets_ptr + latent)
-        chunk = first_chunk
+        chunk = tl.load(chunk_offsets_ptr + latent)
         chunk_end = tl.load(chunk_offsets_ptr + latent + 1)
-        while chunk < chunk_end:
-            if grad_ptr is not None:
-                dW_dec += tl.load(part_dec_ptr + chunk * D + offs_d, mask=mask_d, other=0.0)
-            if x_ptr is not None:
-                dW_enc += tl.load(part_enc_ptr + chunk * D + offs_d, mask=mask_d, other=0.0)
-                db_enc += tl.load(part_db_ptr + chunk)
-            chunk += 1
-        begin = tl.load(offsets_ptr + latent) + (chunk_end - first_chunk) * split
+        begin = tl.load(offsets_ptr + latent) + (chunk_end - chunk) * split
         end = tl.load(offsets_ptr + latent + 1)
-
+        dW_dec, dW_enc, db_enc = add_chunks(
+            dW_dec, dW_enc, db_enc, chunk, chunk_end, part_dec_ptr, part_enc_ptr, part_db_ptr, offs_d, mask_d, D
+        )
+    W_row = None
     if W_ptr is not None:
         W_row = tl.load(W_ptr + latent * D + offs_d, mask=mask_d, other=0.0, eviction_policy="evict_first")
         W_row = W_row.to(tl.float32)
     scale = 1.0
     if scale_ptr is not None:
         scale = tl.load(scale_ptr)
-    offs_p = tl.arange(0, BLOCK_P)
-    while begin < end:
-        mask_p = begin + offs_p < end
-        pair = tl.load(pairs_ptr + begin + offs_p, mask=mask_p, other=0)
-        token = pair // K
-        if grad_ptr is not None:
-            grad_row = token
-            if FIRST_K > 0:
-                grad_row += tl.where(pair % K >= FIRST_K, N.to(tl.int64), 0)
-            grad = _load_rows(grad_ptr, grad_row, mask_p, offs_d, mask_d, D)
-            act = tl.load(acts_ptr + pair, mask=mask_p, other=0.0).to(tl.float32)
-            dW_dec += tl.sum((act * scale)[:, None] * grad, axis=0)
-        if W_ptr is not None:
-            d_act = tl.sum(grad * W_row[None, :], axis=1) * scale
-            if d_acts_ptr is not None:
-                tl.store(d_acts_ptr + pair, d_act, mask=mask_p)
-        elif x_ptr is not None:
-            d_act = tl.load(d_acts_ptr + pair, mask=mask_p, other=0.0).to(tl.float32)
-        if x_ptr is not None:
-            x = _load_rows(x_ptr, token, mask_p, offs_d, mask_d, D)
-            dW_enc += tl.sum(d_act[:, None] * x, axis=0)
-            db_enc += tl.sum(d_act, axis=0)
-        begin += BLOCK_P
-
+    dW_dec, dW_enc, db_enc = add_pairs(
+        dW_dec, dW_enc, db_enc, begin, end, pairs_ptr, acts_ptr, grad_ptr, scale, x_ptr, W_row, d_acts_ptr,
+        N, offs_d, mask_d, D, K, FIRST_K, BLOCK_P,
+    )  # fmt: skip
     if grad_ptr is not None:
         tl.store(dW_dec_ptr + row * D + offs_d, dW_dec, mask=mask_d, eviction_policy="evict_first")
     if x_ptr is not None:
@@ -149,21 +179,42 @@ def latent_grad(
     elif made_here and return_d_acts:
         d_acts = grad_out.new_zeros((N, K), dtype=torch.float32)
 
-    def launch(count: int, outputs, partials, *, chunks: bool) -> None:
-        if count:
-            _latent_grad_kernel[(count, triton.cdiv(D, config.BLOCK_D))](
-                *index, _contiguous(top_acts), _contiguous(grad_out), grad_scale, _contiguous(x),
-                _contiguous(W_dec) if made_here else None, _contiguous(d_acts), *outputs, *partials, N, L,
-                D=D, K=K, FIRST_K=first_k or 0, CHUNKS=chunks,
-                BLOCK_P=config.BLOCK_P, BLOCK_D=config.BLOCK_D, num_warps=config.num_warps,
-            )  # fmt: skip
-
-    num_chunks = index.chunk_latents.numel()
-    partials = _new_rows(num_chunks, grad_out, x)
+    given = (top_acts, grad_out, grad_scale, x, W_dec if made_here else None, d_acts)
+    partials = _new_rows(index.chunk_latents.numel(), grad_out, x)
     grads = _new_rows(L, grad_out, x)
-    launch(num_chunks, partials, partials, chunks=True)
-    launch(L, grads, partials, chunks=False)
+    _launch(config, index, shape, given, partials, partials, first_k, chunks=True)
+    _launch(config, index, shape, given, grads, partials, first_k, chunks=False)
     return LatentGrads(d_acts if return_d_acts else None, *grads)
+
+
+def chunk_partials(
+    index: LatentIndex,
+    shape: tuple[int, int, int, int],  # N, K, L, D
+    grad_out: Tensor,  # [N, D], or [2, N, D] with first_k
+    top_acts: Tensor,  # [N, K]
+    W_dec: Tensor,  # [L, D]; D must fit into registers
+    x: Tensor,  # [N, D]
+    first_k: int | None,
+    grad_scale: Tensor,  # []
+) -> tuple[Tensor | None, ...]:
+    """Partial rows of hot latents' full chunks: dW_dec [C, D], dW_enc [C, D], db_enc [C]."""
+    config = latent_grad_config(shape[3], max(grad_out.element_size(), x.element_size()))
+    partials = _new_rows(index.chunk_latents.numel(), grad_out, x)
+    given = (top_acts, grad_out, grad_scale, x, W_dec, None)
+    _launch(config, index, shape, given, partials, partials, first_k, chunks=True)
+    return partials
+
+
+def _launch(config, index, shape, given, outputs, partials, first_k, *, chunks: bool) -> None:
+    """Run the kernel over all chunks of the index, or over all latents."""
+    N, K, L, D = shape
+    count = index.chunk_latents.numel() if chunks else L
+    if count:
+        _latent_grad_kernel[(count, triton.cdiv(D, config.BLOCK_D))](
+            *index, *map(_contiguous, given), *outputs, *partials, N, L,
+            D=D, K=K, FIRST_K=first_k or 0, CHUNKS=chunks,
+            BLOCK_P=config.BLOCK_P, BLOCK_D=config.BLOCK_D, num_warps=config.num_warps,
+        )  # fmt: skip
 
 
 def _new_rows(count: int, grad_out: Tensor | None, x: Tensor | None) -> tuple[Tensor | None, ...]:

@@ -30,7 +30,8 @@ class Coder(NamedTuple):
     low_W_dec: Tensor | None = None  # [L, E]
 
 
-class Batch(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class Batch:
     """A batch at its selection, ready for the backward pass."""
 
     index: LatentIndex  # of top_indices, slots without activation left out

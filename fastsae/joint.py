@@ -1,0 +1,92 @@
+"""One coder's training step on one hookpoint's activations: losses, and gradients or the optimizer's update.
+
+Shapes: N tokens, D width in, E width out, L latents, K active latents, R dead latents.
+
+Two ways to the same numbers: ``coder_step``, which knows the losses and needs no autograd, and autograd through
+``FastSae.forward``, for what ``coder_step`` does not do (Multi-TopK on top of GroupMax).
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from . import ops
+from .config import TrainConfig
+from .ops import Coder, GradSink, Loss
+from .row_optimizer import RowOptimizer
+from .sae import FastSae
+
+
+class StepLosses(NamedTuple):
+    """What a step reports."""
+
+    fvu: Tensor  # []
+    auxk: Tensor  # []
+    multi_topk_fvu: Tensor  # []
+    fired: Tensor  # bool [L]
+
+
+def joint_step(
+    coder: FastSae,
+    x: Tensor,  # [N, D]
+    y: Tensor,  # [N, E]
+    variance: Tensor,  # []
+    cfg: TrainConfig,
+    *,
+    dead: Tensor | None,  # [R] int64, ascending: latents that AuxK revives
+    share: float,
+    optimizer: RowOptimizer | None,
+) -> StepLosses:
+    """Losses of a batch, or of a chunk of it, and their gradients times ``share`` added to the coder's.
+
+    With an ``optimizer`` the two matrices take their step at once, and only the small tensors get gradients.
+    """
+    if coder.cfg.multi_topk and coder.cfg.activation != "topk":
+        return _autograd_step(coder, x, y, variance, cfg, dead, share)
+    assert coder.W_dec is not None
+    low = getattr(optimizer, "low", {})
+    tensors = Coder(
+        coder.encoder.weight, coder.encoder.bias, coder.W_dec, coder.b_dec, coder.W_skip, not coder.cfg.transcode,
+        low.get(coder.encoder.weight), low.get(coder.W_dec),
+    )  # fmt: skip
+    k_aux = max(1, coder.d_in // 2)
+    loss = Loss(variance, 4 * coder.cfg.k if coder.cfg.multi_topk else 0, dead, k_aux, cfg.auxk_alpha, share)
+    dense = optimizer is None
+    sink = GradSink(_grad(coder.encoder.weight), _grad(coder.W_dec)) if dense else optimizer.row_step(coder)
+    out = ops.coder_step(
+        x, y, tensors, loss, sink, k=coder.cfg.k, activation=coder.cfg.activation,
+        implementation=coder.implementation,
+    )  # fmt: skip
+    small = {coder.encoder.bias: out.d_bias, coder.b_dec: out.d_b_dec}
+    if coder.W_skip is not None and out.d_skip is not None:
+        small[coder.W_skip] = out.d_skip
+    for parameter, grad in small.items():
+        _grad(parameter).add_(grad)
+    return StepLosses(out.fvu, out.auxk, out.multi_fvu, out.fired)
+
+
+def _autograd_step(
+    coder: FastSae, x: Tensor, y: Tensor, variance: Tensor, cfg: TrainConfig, dead: Tensor | None, share: float
+) -> StepLosses:
+    mask = None
+    if dead is not None:
+        mask = torch.zeros(coder.num_latents, dtype=torch.bool, device=x.device).index_fill_(0, dead, True)
+    with torch.enable_grad():
+        out = coder(x, y, dead_mask=mask, total_variance=variance)
+        total = out.fvu + cfg.auxk_alpha * out.auxk_loss + out.multi_topk_fvu / 8
+        (total * share).backward()
+    fired = torch.zeros(coder.num_latents, dtype=torch.uint8, device=x.device)
+    active = (out.latent_acts.detach() > 0).to(torch.uint8).flatten()
+    fired.scatter_reduce_(0, out.latent_indices.flatten(), active, "amax")
+    losses = (out.fvu.detach(), out.auxk_loss.detach(), out.multi_topk_fvu.detach())
+    return StepLosses(*losses, fired.bool())
+
+
+def _grad(parameter: nn.Parameter) -> Tensor:
+    """The parameter's gradient, zeros where there is none yet."""
+    if parameter.grad is None:
+        parameter.grad = torch.zeros_like(parameter)
+    return parameter.grad
