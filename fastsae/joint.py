@@ -11,7 +11,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from . import ops
 from .config import TrainConfig
@@ -85,7 +85,7 @@ def _autograd_step(
     return StepLosses(*losses, fired.bool())
 
 
-def _grad(parameter: nn.Parameter) -> Tensor:
+def _grad(parameter: Tensor) -> Tensor:
     """The parameter's gradient, zeros where there is none yet."""
     if parameter.grad is None:
         parameter.grad = torch.zeros_like(parameter)

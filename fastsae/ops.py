@@ -12,8 +12,8 @@ import os
 
 import fastsae_kernels
 import torch
-from fastsae_kernels import EncoderOutput
-from fastsae_kernels.step import Coder, GradSink, Loss, RowStep, Sink, StepOutput
+from fastsae_kernels import Coder, EncoderOutput, GradSink, Loss, RowStep, StepOutput
+from fastsae_kernels.step import Sink
 from torch import Tensor
 
 from .errors import ConfigError
@@ -100,7 +100,7 @@ def sparse_decode(
 def coder_step(
     x: Tensor, target: Tensor, coder: Coder, loss: Loss, sink: Sink, *, implementation: str, **options
 ) -> StepOutput:
-    """:func:`fastsae_kernels.step.coder_step` by the implementation that fits ``x.device``."""
-    return fastsae_kernels.step.coder_step(
+    """:func:`fastsae_kernels.coder_step` by the implementation that fits ``x.device``."""
+    return fastsae_kernels.coder_step(
         x, target, coder, loss, sink, implementation=resolve(implementation, x.device), **options
     )

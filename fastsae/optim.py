@@ -38,7 +38,7 @@ def make_optimizer(cfg: TrainConfig, coders: Iterable[FastSae], low_dtype: torch
 
 def _bitsandbytes_adam(groups: list[dict]) -> Optimizer:
     try:
-        from bitsandbytes.optim import Adam8bit
+        from bitsandbytes.optim.adam import Adam8bit
     except ImportError:
         raise ConfigError(
             "optimizer: expected the package bitsandbytes for 'bnb_adam8bit', it is not installed; "

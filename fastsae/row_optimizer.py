@@ -17,7 +17,7 @@ import torch
 from fastsae_kernels.rules import Adam, Adam8bit, Rule, Signum
 from fastsae_kernels.step_parts import Rows, RowStep
 from fastsae_kernels.update import update_matrix
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 
 from .sae import FastSae
@@ -59,7 +59,7 @@ class RowOptimizer(Optimizer):
                     self.update(parameter, parameter.grad)
 
     @torch.no_grad()
-    def update(self, parameter: nn.Parameter, grad: Tensor) -> None:
+    def update(self, parameter: Tensor, grad: Tensor) -> None:
         """One step of one parameter by ``grad``, which may be overwritten."""
         state, group = self._state(parameter), self._groups_of[parameter]
         state["step"] += 1
@@ -117,7 +117,7 @@ class RowOptimizer(Optimizer):
         for parameter, low in self.low.items():
             low.copy_(parameter)
 
-    def _state(self, parameter: nn.Parameter) -> dict[str, Tensor]:
+    def _state(self, parameter: Tensor) -> dict[str, Tensor]:
         state = self.state[parameter]
         if not state:
             state["step"] = torch.tensor(0.0)

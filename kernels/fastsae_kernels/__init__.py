@@ -7,5 +7,23 @@ Needs torch; Triton only where ``implementation="triton"`` is used. See ``kernel
 
 from .autograd import SparseDecode, TopKEncode, sparse_decode, topk_encode
 from .reference import EncoderOutput
+from .rules import Adam, Adam8bit, Signum
+from .step import Coder, GradSink, Loss, Rows, RowStep, StepOutput, coder_step
 
-__all__ = ["EncoderOutput", "SparseDecode", "TopKEncode", "sparse_decode", "topk_encode"]
+__all__ = [
+    "Adam",
+    "Adam8bit",
+    "Coder",
+    "EncoderOutput",
+    "GradSink",
+    "Loss",
+    "RowStep",
+    "Rows",
+    "Signum",
+    "SparseDecode",
+    "StepOutput",
+    "TopKEncode",
+    "coder_step",
+    "sparse_decode",
+    "topk_encode",
+]

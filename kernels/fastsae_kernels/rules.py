@@ -54,8 +54,9 @@ class Adam:
 
     def update_(self, weight: Tensor, grad: Tensor, state: State, *, lr: float, step: int) -> None:
         moments = state["exp_avg"], state["exp_avg_sq"]
-        if weight.device.type == "cpu" and weight.dtype == grad.dtype and hasattr(torch, "_fused_adam_"):
-            torch._fused_adam_(
+        fused = getattr(torch, "_fused_adam_", None)  # what torch.optim.Adam(fused=True) calls
+        if fused is not None and weight.device.type == "cpu" and weight.dtype == grad.dtype:
+            fused(
                 [weight], [grad], [moments[0]], [moments[1]], [], [torch.tensor(float(step))],
                 lr=lr, beta1=self.beta1, beta2=self.beta2, weight_decay=0.0, eps=self.eps,
                 amsgrad=False, maximize=False,
