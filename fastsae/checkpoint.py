@@ -21,16 +21,27 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from .config import SaeConfig
-from .errors import CheckpointError
+from .errors import ArtifactError, CheckpointError, ConfigError
+from .integrity import check_finite, check_name, sha256, write_beside
+from .integrity import write_json as write_json
 
 CONFIG_FILE = "cfg.json"
 WEIGHTS_FILE = "sae.safetensors"
 
+HASH = "sha256"
+"""The note that holds the weights file's hash."""
+
+NOT_CODERS = {"best", "steps", "state"}
+"""Folders of a run that hold other things than its coders."""
+
+PICKLES = {".pt", ".pth", ".bin", ".pkl", ".pickle"}
+
 
 def read_coder(folder: Path | str) -> tuple[SaeConfig, int, dict[str, Tensor], dict[str, Any]]:
-    """(config, d_in, tensors in the file's dtypes, fastsae's own notes) of one saved coder.
+    """(config, d_in, tensors in the file's dtypes, fastsae's own notes) of one saved coder, verified.
 
-    Raises :class:`CheckpointError` where the folder holds no coder, or a damaged one.
+    Raises :class:`CheckpointError` where the folder holds no coder, or a damaged one: cut off, of other shapes than
+    cfg.json says, not finite, or not the file whose hash cfg.json records.
     """
     folder = Path(folder)
     values = _read_config(folder / CONFIG_FILE)
@@ -39,56 +50,70 @@ def read_coder(folder: Path | str) -> tuple[SaeConfig, int, dict[str, Tensor], d
             f"{folder}: expected a coder with ReLU, got one with signed activations (sparsify, mid-2024), "
             "which select by magnitude; load it with the sparsify release that trained it"
         )
+    weights = folder / WEIGHTS_FILE
+    try:
+        tensors = load_file(weights)
+    except FileNotFoundError:
+        pickled = next((path.name for path in sorted(folder.iterdir()) if path.suffix in PICKLES), None)
+        found = f"found {pickled}, which could run code and is not opened" if pickled else "found none"
+        raise CheckpointError(f"{folder}: expected {WEIGHTS_FILE} beside {CONFIG_FILE}, {found}") from None
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{weights}: not a readable safetensors file ({error})") from None
+    values = _matching_config(folder, values)
     if not isinstance(d_in := values.get("d_in"), int) or d_in < 1:
         raise CheckpointError(f"{folder / CONFIG_FILE}: expected d_in, the input width, got {d_in!r}")
-    cfg = SaeConfig.from_dict(values)
     try:
-        tensors = load_file(folder / WEIGHTS_FILE)
-    except FileNotFoundError:
-        raise CheckpointError(f"{folder}: expected {WEIGHTS_FILE} beside {CONFIG_FILE}, found none") from None
-    except SafetensorError as error:
-        raise CheckpointError(f"{folder / WEIGHTS_FILE}: not a readable safetensors file ({error})") from None
+        cfg = SaeConfig.from_dict(values)
+    except ConfigError as error:
+        raise CheckpointError(f"{folder / CONFIG_FILE}: {error}") from None
     _check_shapes(folder, tensors, cfg, d_in)
-    return cfg, d_in, tensors, values.get("fastsae") or {}
+    check_finite(weights, tensors)
+    return cfg, d_in, tensors, _notes(values)
 
 
 def write_coder(
     folder: Path | str, cfg: SaeConfig, d_in: int, tensors: dict[str, Tensor], notes: dict[str, Any]
 ) -> None:
-    """Write one coder; each file is written beside and renamed, so that a crash leaves no half file."""
+    """Write one coder, whole or not at all: after a crash at any point, the old one or the new one reads back.
+
+    Both files are written beside, then renamed; should only the weights have been, the config beside still fits.
+    """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    weights = {name: tensor.detach().to("cpu").contiguous() for name, tensor in tensors.items()}
-    beside = folder / f"{WEIGHTS_FILE}.part"
-    save_file(weights, beside)
-    os.replace(beside, folder / WEIGHTS_FILE)
-    write_json(folder / CONFIG_FILE, {**cfg.to_dict(), "d_in": d_in, "fastsae": notes})
-
-
-def write_json(path: Path, value: Any) -> None:
-    beside = path.with_name(path.name + ".part")
-    beside.write_text(json.dumps(value, indent=2) + "\n")
-    os.replace(beside, path)
+    cpu = {name: tensor.detach().to("cpu").contiguous() for name, tensor in tensors.items()}
+    weights = write_beside(folder / WEIGHTS_FILE, lambda beside: save_file(cpu, beside))
+    values = {**cfg.to_dict(), "d_in": d_in, "fastsae": {**notes, HASH: sha256(weights)}}
+    text = json.dumps(values, indent=2) + "\n"
+    try:
+        config = write_beside(folder / CONFIG_FILE, lambda beside: beside.write_text(text, encoding="utf-8"))
+    except ArtifactError:
+        weights.unlink()
+        raise
+    os.replace(weights, folder / WEIGHTS_FILE)
+    os.replace(config, folder / CONFIG_FILE)
 
 
 def find_coders(root: Path | str, *, pattern: str | None = None) -> dict[str, Path]:
-    """The coders below ``root`` by name (``h.0.mlp.act``, or ``h.0/seed1``), in natural order.
+    """The coders below ``root`` by name (``h.0.mlp.act``, ``h.0/seed1``, ``h.0/k32/seed1``), in natural order.
 
-    Folders without a ``cfg.json``, and the copies under ``best/``, are not coders. ``pattern`` is a
+    Folders without a ``cfg.json``, and the copies under ``best/`` and ``steps/``, are not coders. ``pattern`` is a
     wildcard on the whole name or on its hookpoint.
     """
     root = Path(root)
     found = {}
-    for config in [*root.glob(f"*/{CONFIG_FILE}"), *root.glob(f"*/seed*/{CONFIG_FILE}")]:
+    for config in [path for depth in ("*", "*/*", "*/*/*") for path in root.glob(f"{depth}/{CONFIG_FILE}")]:
         name = config.parent.relative_to(root).as_posix()
         hookpoint = name.partition("/")[0]
-        if hookpoint != "best" and (pattern is None or fnmatchcase(name, pattern) or fnmatchcase(hookpoint, pattern)):
+        if hookpoint not in NOT_CODERS and (
+            pattern is None or fnmatchcase(name, pattern) or fnmatchcase(hookpoint, pattern)
+        ):
             found[name] = config.parent
     return {name: found[name] for name in natsorted(found)}
 
 
 def named_coder(root: Path, name: str) -> Path:
     """The folder of the coder called ``name``; the error lists those that exist."""
+    check_name(name)
     if (root / name / CONFIG_FILE).is_file():
         return root / name
     names = list(find_coders(root))
@@ -111,7 +136,7 @@ def download(repo: str, allow_patterns: str | None = None) -> Path:
 
 def _read_config(path: Path) -> dict[str, Any]:
     try:
-        values = json.loads(path.read_text())
+        values = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise CheckpointError(
             f"expected a coder's folder with {path.name}, found none in {path.parent}; "
@@ -122,6 +147,27 @@ def _read_config(path: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise CheckpointError(f"{path}: expected a JSON object, got {type(values).__name__}")
     return values
+
+
+def _notes(values: dict[str, Any]) -> dict[str, Any]:
+    notes = values.get("fastsae")
+    return notes if isinstance(notes, dict) else {}
+
+
+def _matching_config(folder: Path, values: dict[str, Any]) -> dict[str, Any]:
+    """``values``, or where a crash came between the two renames of a save, the config that was written beside."""
+    if not (recorded := _notes(values).get(HASH)):
+        return values  # of sparsify, or of an earlier release
+    found = sha256(folder / WEIGHTS_FILE)
+    if found == recorded:
+        return values
+    beside = folder / f"{CONFIG_FILE}.part"
+    if beside.is_file() and _notes(newer := _read_config(beside)).get(HASH) == found:
+        return newer
+    raise CheckpointError(
+        f"{folder / WEIGHTS_FILE}: expected the file that was saved, with sha256 {recorded[:12]}…, got {found[:12]}…: "
+        f"it was damaged or replaced; take an earlier checkpoint, or if you changed it, drop {HASH} from {CONFIG_FILE}"
+    )
 
 
 def _check_shapes(folder: Path, tensors: dict[str, Tensor], cfg: SaeConfig, d_in: int) -> None:

@@ -10,12 +10,12 @@ from typing import Any
 
 from torch import Tensor
 
-from . import demo
 from .checkpoint import CONFIG_FILE, WEIGHTS_FILE, download, find_coders
 from .compat import convert
 from .compat.formats.sparsify import to_fastsae
 from .errors import ArtifactError, CheckpointError, HookpointError
 from .hooks import probe, resolve_hookpoints
+from .origin import Origin, misfits
 from .sae import FastSae
 
 RUN_FILE = "config.json"
@@ -69,21 +69,10 @@ def run_record(source: str) -> dict[str, Any]:
 
 
 def check_origin(name: str, coder: FastSae, model_name: str) -> None:
-    """Refuse a coder whose own notes name another hookpoint or model; coders without notes pass.
-
-    A coder on activations that it was not trained on gives numbers that look like a bad coder's.
-    """
-    hookpoint, trained_on = coder.notes.get("hookpoint"), coder.notes.get("model")
-    if hookpoint and hookpoint != name.partition("/")[0]:
-        raise CheckpointError(
-            f"{name}: expected a coder of this hookpoint, got one trained on {hookpoint}; "
-            "name its folder so, or pass --force"
-        )
-    if trained_on and model_name and not _same_model(trained_on, model_name):
-        raise CheckpointError(
-            f"{name}: expected a coder of {model_name}, got one trained on {trained_on}; "
-            "name that model, or pass --force"
-        )
+    """Refuse a coder whose own notes name another hookpoint or model; coders without notes pass."""
+    here = Origin(model=model_name or None, hookpoint=name.partition("/")[0])
+    if wrong := misfits(Origin.from_notes(coder.notes), here):
+        raise CheckpointError(f"{name}: {'; '.join(wrong)}; name the folder and the model so, or pass --force")
 
 
 def check_places(model: Any, coders: Iterable[tuple[str, FastSae]]) -> dict[str, int]:
@@ -118,11 +107,3 @@ def default_model(record: dict[str, Any]) -> str:
     if not (name := record.get("model")):
         raise ArtifactError("model: these coders do not say which model they were trained on; name one")
     return name
-
-
-def _same_model(a: str, b: str) -> bool:
-    """Two folders by where they are; hub ids by their last name, which an organisation may stand before."""
-    a, b = (str(demo.MODEL_DIR) if name == demo.NAME else name for name in (a, b))
-    if Path(a).is_dir() and Path(b).is_dir():
-        return Path(a).resolve() == Path(b).resolve()
-    return Path(a).name == Path(b).name

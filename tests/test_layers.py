@@ -20,11 +20,11 @@ FLOORS = {
     ],
     "fastsae": [
         "errors version demo token_text",
-        "fields hub rows memmap",
+        "fields finetune hub integrity memmap origin rows",
         "config run_config stream",
         "tokens options",
         "ops loss checkpoint overrides run_file run_folder tracking progress sources batches",
-        "sae hooks data model",
+        "sae hooks data model retention",
         "coders row_optimizer compat",
         "joint optim",
         "metrics saved",
