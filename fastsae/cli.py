@@ -13,6 +13,7 @@ from rich.logging import RichHandler
 from rich.table import Table
 
 from .bench.shapes import BenchConfig
+from .compat.sparsify_flags import translate
 from .config import EncodeConfig, SaeConfig, TrainConfig
 from .errors import FastsaeError
 from .eval.config import EvalConfig
@@ -43,7 +44,7 @@ OPTIONS = {
 
 def main(arguments: list[str] | None = None) -> None:
     """Entry point: a user's mistake is one line on stderr and exit code 2."""
-    arguments = sys.argv[1:] if arguments is None else arguments
+    arguments = translate(sys.argv[1:] if arguments is None else arguments)
     arguments = normalise(arguments, OPTIONS.get(arguments[0], ()) if arguments else ())
     try:
         app(arguments)
