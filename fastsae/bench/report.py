@@ -56,6 +56,7 @@ def row_record(row: Row, shape: Shape, cost: Cost, peaks: Peaks, torch_times: Se
         "errors": {name: error if math.isfinite(error) else str(error) for name, error in verdict.errors.items()}
         if verdict
         else None,
+        "limits": verdict.limits if verdict else None,
         "exact_sets": verdict.exact_sets if verdict else None,
         "flops": cost.flops,
         "bytes": cost.bytes,

@@ -28,14 +28,16 @@ SEED = 0
 
 
 def measure(op: str, p: Problem, implementations: list[str], clock: Clock, effort: Effort) -> list[Row]:
-    """Check every contestant of ``op`` against the truth; time all of them if none differs."""
-    rows, runs = [], {}
+    """Check every contestant of ``op`` against the truth, torch first; time all of them if none differs."""
+    rows, runs = {}, {}
     chosen = chosen_encoder(p) if op == "encode" and "triton" in implementations else None
-    for name, prepare in contestants(op, p, implementations).items():
+    prepared = contestants(op, p, implementations)
+    by_torch = None
+    for name in sorted(prepared, key=lambda name: name != "torch"):
         row = Row(op, name, chosen=name == chosen)
         try:
-            runs[name] = prepare()
-            row = row._replace(verdict=judge(op, p, runs[name]()), peak_mib=clock.peak_mib(runs[name]))
+            runs[name] = prepared[name]()
+            row = row._replace(verdict=judge(op, p, runs[name](), by_torch), peak_mib=clock.peak_mib(runs[name]))
         except torch.OutOfMemoryError as error:
             row = row._replace(skipped=_first_line(error))
         except Exception as error:  # one contestant's trouble must not hide the others' results
@@ -43,7 +45,9 @@ def measure(op: str, p: Problem, implementations: list[str], clock: Clock, effor
                 row = row._replace(skipped=_first_line(error))  # a dtype torch lacks, a shape that one path refuses
             else:
                 row = row._replace(verdict=Verdict({}, f"raised {type(error).__name__}: {_first_line(error)}"))
-        rows.append(row)
+        by_torch = row.verdict if name == "torch" else by_torch
+        rows[name] = row
+    rows = [rows[name] for name in prepared]
     if any(row.difference for row in rows):
         return rows
     ready = {row.implementation: runs[row.implementation] for row in rows if row.verdict}
