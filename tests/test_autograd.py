@@ -204,6 +204,27 @@ def test_encode_runs_only_what_its_leaf_needs(implementation, leaf, forbidden, m
     assert all(t.grad is None for name, t in given.items() if name != leaf)
 
 
+@pytest.mark.parametrize("trained", [("bias",), ("b_dec",), ("bias", "b_dec"), ("x", "b_dec")])
+@pytest.mark.parametrize("implementation", FAST)
+def test_frozen_encoder_makes_no_gradient_of_its_size(implementation, trained, monkeypatch, place):
+    inputs = make_inputs(N, D, L, device=place)
+    given = {name: getattr(inputs, name) for name in ("x", "weight", "bias", "b_dec")}
+    truth = dict(zip(given, encode_gradients(inputs, torch.float64, "reference"), strict=True))
+    by_torch = dict(zip(given, encode_gradients(inputs, torch.float32, "reference"), strict=True))
+    module = autograd.backend(implementation)
+    made, right = [], module.encode_backward
+    monkeypatch.setattr(module, "encode_backward", lambda *tensors: made.append(right(*tensors)) or made[-1])
+    for name in trained:
+        given[name].requires_grad_()
+    loss_of(topk_encode(**given, k=K, implementation=implementation).top_acts).backward()
+    assert [tuple(d_weight.shape) for d_weight, _ in made] == [(L, 1)]
+    for name, leaf in given.items():
+        if name in trained:
+            assert_no_worse(leaf.grad, by_torch[name], truth[name], floor=FLOOR)
+        else:
+            assert leaf.grad is None
+
+
 @pytest.mark.parametrize("implementation", FAST)
 def test_frozen_decoder_makes_no_gradient_of_its_size(implementation, monkeypatch, place):
     top_acts, top_indices = a_code(place)

@@ -132,10 +132,13 @@ class TopKEncode(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             dx = _decode(d_acts, top_indices, weight, None, ctx.impl).to(centered.dtype)
         if any(ctx.needs_input_grad[1:4]):
-            d_weight, d_bias = _encode_backward(d_acts, top_indices, centered, weight.shape[0], ctx.impl)
+            # a frozen weight: no [L, D] gradient; a width of 1 leaves the biases' sums as they are
+            x = centered if ctx.needs_input_grad[1] else centered.new_ones((len(centered), 1))
+            d_weight, d_bias = _encode_backward(d_acts, top_indices, x, weight.shape[0], ctx.impl)
             if ctx.needs_input_grad[3]:
                 d_b_dec = -(d_bias @ weight.to(d_bias.dtype)).to(ctx.b_dec_dtype)
-            d_weight, d_bias = d_weight.to(weight.dtype), d_bias.to(ctx.bias_dtype)
+            d_weight = d_weight.to(weight.dtype) if ctx.needs_input_grad[1] else None
+            d_bias = d_bias.to(ctx.bias_dtype)
         return dx, d_weight, d_bias, d_b_dec, None, None, None, None
 
 
