@@ -82,9 +82,10 @@ def _time(key: str, candidates: Sequence[Config], run: Callable[[Config], object
 
 def _read() -> dict[str, Any]:
     try:
-        return json.loads(cache_file().read_text())
+        entries = json.loads(cache_file().read_text())
     except (OSError, ValueError):  # none yet, or not ours to trust
         return {}
+    return entries if isinstance(entries, dict) else {}
 
 
 def _write(entries: dict[str, Any]) -> None:
