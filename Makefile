@@ -1,5 +1,5 @@
 # An index of one-liners. `make` lists them.
-.PHONY: help install test lint types bench gpu demo-model ci
+.PHONY: help install test compile lint types bench gpu demo-model ci
 
 help:         ## this list
 	@grep -E '^[a-z-]+: .*##' Makefile | sed 's/: *##/\t/' | expand -t 14
@@ -9,6 +9,12 @@ install:      ## the package with everything for development, editable
 
 test:         ## all tests; kernels run in Triton's interpreter where there is no GPU
 	pytest
+
+compile:      ## every kernel compiled and interpreted by another Triton: make compile TRITON=3.6.0
+	pip install --quiet --no-deps --upgrade --target .triton triton==$(or $(TRITON),$(error expected a version of Triton, got none; make compile TRITON=3.6.0))
+	FASTSAE_TRITON=.triton pytest tests/test_compile.py
+	PYTHONPATH=.triton:$$PYTHONPATH pytest tests/test_keys.py tests/test_select.py tests/test_encode.py tests/test_decode.py \
+		tests/test_by_latent.py tests/test_latent_grad.py tests/test_autograd.py tests/test_recompile.py
 
 lint:         ## style and format
 	ruff check . && ruff format --check .

@@ -73,7 +73,10 @@ def compile_case(case: Case, target: str):
 
 
 def report(compiled) -> dict[str, Any]:
-    """What the machine code uses: registers, spills, shared memory in bytes, and counts of telling instructions."""
+    """What the machine code uses: registers, spills, shared memory in bytes, and counts of telling instructions.
+
+    NVIDIA's instructions are counted in PTX: each of the counted ones is one instruction of the machine, too.
+    """
     usage = _amd_report(compiled.asm["amdgcn"]) if "amdgcn" in compiled.asm else _nvidia_report(compiled.asm)
     return {"shared": compiled.metadata.shared, **usage}
 
@@ -95,47 +98,46 @@ def _amd_report(assembly: str) -> dict[str, Any]:
 
 
 def _nvidia_report(asm) -> dict[str, Any]:
-    binaries = _nvidia_binaries()
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder, "kernel.cubin")
         cubin.write_bytes(asm["cubin"])
-        usage = _output(binaries / "cuobjdump", "--dump-resource-usage", cubin)
-        sass = _output(binaries / "nvdisasm", "-c", cubin)
-    registers = re.search(r"REG:(\d+)", usage)
-    if registers is None:
-        raise RuntimeError(f"cuobjdump gave no resource usage: {usage[:200]!r}")
+        usage = _output("cuobjdump", "--dump-resource-usage", cubin)
+        found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
+        if found is None:
+            raise RuntimeError(f"cuobjdump gave no resource usage: {usage[:200]!r}")
+        # without a stack nothing can be spilled, which saves disassembling; some have one that nothing is stored to
+        spills = len(re.findall(r"\bSTL\b", _output("nvdisasm", "-c", cubin))) if int(found[2]) else 0
+    ptx = asm["ptx"]
 
     def count(pattern: str) -> int:
-        return len(re.findall(pattern, sass))
+        return len(re.findall(pattern, ptx))
 
     return {
-        "registers": int(registers[1]),
-        "spills": count(r"\bSTL\b") + count(r"\bSTL\."),
-        "mma": count(r"\b(?:HGMMA|HMMA|UTCHMMA)\b"),
-        "wgmma": count(r"\bHGMMA\b"),
-        "async_copies": count(r"\bLDGSTS\b") + count(r"\bUTMALDG\b"),
-        "loads_128": count(r"\bLDG\.E[\w.]*128"),
-        "loads": count(r"\bLDG\b"),
-        "shuffles": count(r"\bSHFL\b"),
-        "barriers": count(r"\bBAR\b"),
-        "float_atomics": count(r"\b(?:ATOMG?|RED[G]?)\.[\w.]*F(?:32|16)"),
-        "instructions": count(r"/\*[0-9a-f]{4,}\*/\s+\S"),
+        "registers": int(found[1]),
+        "spills": spills,
+        "mma": count(r"\b(?:wgmma\.mma_async|mma\.sync|tcgen05\.mma)\b"),
+        "wgmma": count(r"\bwgmma\.mma_async\b"),
+        "async_copies": count(r"\bcp\.async\.(?:c[ag]|bulk\.tensor)\b"),
+        "loads_128": count(r"\bld\.global[\w.:]*\.(?:v4\.[bf]32|v2\.[bf]64)\b"),
+        "shuffles": count(r"\b(?:shfl|redux)\.sync\b"),
+        "barriers": count(r"\b(?:bar|barrier)\.sync\b"),
+        "float_atomics": count(r"\b(?:atom|red)\.[\w.:]*add[\w.:]*\.b?f(?:16|32|64)"),
+        "instructions": count(r";\n"),
     }
 
 
-def _nvidia_binaries() -> Path:
+def _output(tool: str, *arguments: Any) -> str:
+    """What one of the tools that come with Triton says."""
     import triton
 
-    return Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-
-
-def _output(*command: Any) -> str:
-    return subprocess.run([str(c) for c in command], check=True, capture_output=True, text=True).stdout
+    binary = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / tool
+    return subprocess.run([binary, *arguments], check=True, capture_output=True, text=True).stdout
 
 
 def main(targets: list[str], match: str = "") -> None:
     """Compile the cases of ``targets`` whose name contains ``match``; one line of JSON each, errors included."""
     import aot_cases
+    import triton
 
     for target in targets:
         for case in aot_cases.cases(target):
@@ -146,8 +148,9 @@ def main(targets: list[str], match: str = "") -> None:
                 result = report(compile_case(case, target))
             except Exception as error:
                 result = {"error": f"{type(error).__name__}: {error}"[:2000]}
-            result = {"target": target, "case": case.name, **result, "seconds": round(time.perf_counter() - start, 1)}
-            print(json.dumps(result), flush=True)
+            seconds = round(time.perf_counter() - start, 1)
+            line = {"triton": triton.__version__, "target": target, "case": case.name, **result, "seconds": seconds}
+            print(json.dumps(line), flush=True)
 
 
 if __name__ == "__main__":

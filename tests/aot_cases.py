@@ -68,10 +68,12 @@ def resolve_cases(target: str) -> list[Case]:
             options={"num_warps": rows.num_warps},
         )
 
+    group = configs.default_encode(4096, 2**19, torch.bfloat16, target).GROUP
     return [
         case("S1", S1, torch.bfloat16),
         case("S2", S2, torch.bfloat16),
         case("k=512", S2 | {"k": 512}, torch.float32),
+        case("widest", {"D": 4096, "L": configs.MAX_GROUPS * group, "k": configs.MAX_FUSED_K}, torch.bfloat16),
     ]
 
 
@@ -91,7 +93,8 @@ def select_cases(target: str) -> list[Case]:
             unaligned=frozenset({"GROUP"}),
         )
 
-    return [case("S1", S1), case("S2", S2)]
+    large = [case(f"k={k}", S2 | {"k": k}) for k in (512, configs.MAX_SELECT_K)]
+    return [case("S1", S1), case("S2", S2), *large]
 
 
 def groupmax_cases(target: str) -> list[Case]:

@@ -1,7 +1,7 @@
 """The decoder's and the backward's cases for :mod:`aot`.
 
-On sm_90 every width that common models have, elsewhere one width for each config. The backward comes as the training
-step launches it (both sides), and as autograd does, one side at a time.
+One width for each config. The backward comes as the training step launches it (both sides), and as autograd does, one
+side at a time.
 """
 
 from __future__ import annotations
@@ -9,22 +9,17 @@ from __future__ import annotations
 from aot import Case
 from fastsae_kernels import act_grad, configs, decode, latent_grad
 
-WIDTHS = {768: 24576, 1024: 32768, 2048: 65536, 2304: 65536, 4096: 131072, 8192: 131072, 14336: 65536}  # D: L
+LATENTS = {768: 24576, 2048: 65536, 2304: 65536, 4096: 131072, 8192: 131072, 14336: 65536}  # by width
 K = 64
 DECODED = (768, 2304, 4096)  # whole slabs of 256, a remainder, slabs of 128
-HELD = (768, 2048, 4096, 8192, 14336)  # one for each size of row in registers, and slabs
-
-
-def widths(target: str, representative: tuple[int, ...]) -> tuple[int, ...]:
-    """All of them for sm_90, else those that stand for a config."""
-    return tuple(WIDTHS) if target == "sm_90" else representative
+HELD = (768, 2048, 2304, 8192, 14336)  # one for each size of row in registers, and slabs
 
 
 def decode_cases(target: str) -> list[Case]:
     """Decoded tokens; residuals after k and after all slots."""
 
     def case(D: int, w: str, *, residual: bool) -> Case:
-        config = configs.decode_config(D, WIDTHS[D], K, 4 if w == "fp32" else 2)
+        config = configs.decode_config(D, LATENTS[D], K, 4 if w == "fp32" else 2)
         types = {"acts_ptr": "*fp32", "indices_ptr": "*i64", "W_ptr": f"*{w}", "out_ptr": f"*{w}", "N": "i32"}
         extra = {"bias_ptr": "*fp32", "target_ptr": f"*{w}", "sse_ptr": "*fp32"}
         return Case(
@@ -39,8 +34,8 @@ def decode_cases(target: str) -> list[Case]:
         )
 
     return (
-        [case(D, "bf16", residual=True) for D in widths(target, DECODED)]
-        + [case(D, "bf16", residual=False) for D in widths(target, DECODED)]
+        [case(D, "bf16", residual=True) for D in DECODED]
+        + [case(D, "bf16", residual=False) for D in DECODED]
         + [case(D, "fp32", residual=False) for D in (768, 4096)]
     )
 
@@ -48,7 +43,7 @@ def decode_cases(target: str) -> list[Case]:
 def act_grad_cases(target: str) -> list[Case]:
     """Gradients of the activations where rows are too wide for the latent-major pass."""
     D = 14336
-    config = configs.decode_config(D, WIDTHS[D], K, 2)
+    config = configs.decode_config(D, LATENTS[D], K, 2)
     return [
         Case(
             name=f"act_grad {D} bf16",
@@ -94,7 +89,7 @@ def latent_grad_cases(target: str) -> list[Case]:
         )
 
     return (
-        [case("coder", D, "bf16") for D in widths(target, HELD)]
+        [case("coder", D, "bf16") for D in HELD]
         + [case("coder", D, "fp32") for D in (768, 4096, 8192)]
         + [case(side, D, "bf16") for side in ("decoder", "encoder") for D in (768, 4096)]
         + [case("coder", 4096, "bf16", chunks=True)]

@@ -211,22 +211,6 @@ def test_empty_batch_and_non_contiguous_input(device):
         assert_is_reference(x.T.contiguous().T, weight.T.contiguous().T, bias, 3, path=path)
 
 
-def test_the_number_of_tokens_compiles_nothing_anew():
-    from fastsae_kernels import encode as module
-    from fastsae_kernels import groupmax
-
-    for kernel in (module._encode_kernel, groupmax._groupmax_encode_kernel):
-        parameters = getattr(kernel, "params", None)
-        if parameters is None:  # the interpreter wraps functions without their parameters
-            import inspect
-
-            source = inspect.getsource(module if kernel is module._encode_kernel else groupmax)
-            assert f'do_not_specialize=["N"])\ndef {kernel.fn.__name__}(' in source
-        else:
-            (tokens,) = [p for p in parameters if p.name == "N"]
-            assert tokens.do_not_specialize
-
-
 def test_refusals(device):
     x, weight, bias = integers(2, 4, 32, device)
     with pytest.raises(ValueError, match=r'got torch.float64; use implementation="reference"'):
@@ -257,6 +241,17 @@ def test_select_of_fine_grained_scores(device):
     scores = torch.rand(5, 400, generator=torch.Generator().manual_seed(0)).to(device)
     indices = select(scores, 20)
     assert torch.equal(scores.gather(1, indices), scores.topk(20, dim=1).values)
+
+
+@pytest.mark.parametrize(("GROUP", "STRIDE"), [(4, 1), (8, 2), (2, 8), (16, 1)])
+def test_other_groups_give_the_same(GROUP, STRIDE, device, monkeypatch):
+    """Groups as GPUs have them: of neighbours where there are no matrix units, and of other numbers of members."""
+    used = []
+    tile = configs.EncodeConfig(16, 16, 16, GROUP, STRIDE, num_warps=4, num_stages=1)
+    monkeypatch.setattr(configs, "default_encode", lambda *_: used.append(1) or tile)
+    for seed, k in enumerate((1, 9)):
+        assert_is_reference(*integers(3, 12, 90, device, seed=seed), k, path="fused")
+    assert used
 
 
 def test_equal_latents_tie_by_index_where_a_block_is_wider_than_the_window(device, monkeypatch):

@@ -135,11 +135,12 @@ _ENCODE_16_BIT = {
 }
 # Two programs per multiprocessor: one's reduction hides behind the other's short loop over a narrow width.
 _ENCODE_NARROW = {"sm_90": EncodeConfig(128, 128, 64, GROUP=16, STRIDE=8, num_warps=4, num_stages=3, descriptors=True)}
+# Without matrix units a thread owns four neighbouring columns, which is a group.
 _ENCODE_32_BIT = {
-    "sm_80": EncodeConfig(64, 128, 16, GROUP=16, STRIDE=8, num_warps=8, num_stages=3),
-    "sm_89": EncodeConfig(64, 128, 16, GROUP=16, STRIDE=8, num_warps=8, num_stages=3),
-    "sm_90": EncodeConfig(64, 128, 16, GROUP=16, STRIDE=8, num_warps=8, num_stages=3),
-    "sm_100": EncodeConfig(64, 128, 16, GROUP=16, STRIDE=8, num_warps=8, num_stages=3),
+    "sm_80": EncodeConfig(64, 128, 16, GROUP=4, STRIDE=1, num_warps=8, num_stages=3),
+    "sm_89": EncodeConfig(64, 128, 16, GROUP=4, STRIDE=1, num_warps=8, num_stages=3),
+    "sm_90": EncodeConfig(64, 128, 16, GROUP=4, STRIDE=1, num_warps=8, num_stages=3),
+    "sm_100": EncodeConfig(64, 128, 16, GROUP=4, STRIDE=1, num_warps=8, num_stages=3),
     "gfx942": EncodeConfig(64, 128, 32, GROUP=16, STRIDE=8, num_warps=8, num_stages=2),
     "interpreter": EncodeConfig(16, 16, 16, GROUP=4, STRIDE=4, num_warps=1, num_stages=1),
 }
@@ -172,12 +173,11 @@ def encode_candidates(D: int, L: int, dtype: torch.dtype, family: str) -> list[E
 def resolve_config(num_groups: int, k: int, group: int, family: str) -> ResolveConfig:
     """How the fused encoder's select walks a row of ``num_groups`` maxima."""
     width = window(k, group)
-    block_d = min(128, max(16, 4096 // width))
     if family == "interpreter":
         return ResolveConfig(width, 16, num_warps=1)
-    if num_groups > 8192:
-        return ResolveConfig(width, block_d, num_warps=16)
-    return ResolveConfig(width, block_d, num_warps=4 if num_groups <= 2048 and width <= 128 else 8)
+    num_warps = 16 if num_groups > 8192 else 4 if num_groups <= 2048 and width <= 128 else 8
+    block_d = min(128, max(16, 512 * num_warps // width))  # 16 sums a thread, whatever the window
+    return ResolveConfig(width, block_d, num_warps)
 
 
 def select_config(L: int, k: int, device: torch.device) -> SelectConfig:
@@ -194,7 +194,7 @@ def default_select(L: int, k: int, family: str) -> SelectConfig:
         return SelectConfig(max(16, triton.next_power_of_2(triton.cdiv(L, 4))), num_warps=1)
     lanes = min(2048, max(512, triton.next_power_of_2(triton.cdiv(L, 16))))
     lanes = max(lanes, min(4096, triton.next_power_of_2(4 * k)))
-    return SelectConfig(lanes, num_warps=4 if lanes <= 2048 else 8)
+    return SelectConfig(lanes, num_warps=4 if k <= 256 else 8)
 
 
 # ---- decoding and the backward pass ----------------------------------------------------------------------

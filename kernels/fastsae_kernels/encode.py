@@ -38,7 +38,7 @@ def _encode_kernel(
     BLOCK_N: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_D: tl.constexpr,
     GROUP: tl.constexpr, STRIDE: tl.constexpr, SWIZZLE_N: tl.constexpr,
     EVEN_D: tl.constexpr, EVEN_L: tl.constexpr, HAS_MASK: tl.constexpr,
-    DESCRIPTORS: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    DESCRIPTORS: tl.constexpr, PRECISION: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
     """One program per tile; blocks of SWIZZLE_N token blocks sweep the latents together."""
     blocks_n = tl.cdiv(N, BLOCK_N)
@@ -50,7 +50,7 @@ def _encode_kernel(
     pid_l = pid % (SWIZZLE_N * blocks_l) // swizzle
     scores = tile_scores(
         x_ptr, weight_ptr, bias_ptr, pid_n * BLOCK_N, pid_l * BLOCK_L, N, D, L,
-        BLOCK_N, BLOCK_L, BLOCK_D, EVEN_D, DESCRIPTORS, PRECISION, UPCAST,
+        BLOCK_N, BLOCK_L, BLOCK_D, EVEN_D, DESCRIPTORS, PRECISION, INTERPRETED,
     )  # fmt: skip
     offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
     offs_l = pid_l * BLOCK_L + tl.arange(0, BLOCK_L)
@@ -193,7 +193,7 @@ def maxima_constexprs(
         "HAS_MASK": has_mask,
         "DESCRIPTORS": descriptors,
         "PRECISION": configs.dot_precision(dtype),
-        "UPCAST": configs.interpreting(),
+        "INTERPRETED": configs.interpreting(),
     }
 
 

@@ -14,31 +14,53 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 
 @triton.jit
+def _add_products(
+    acc, d, x_ptr, weight_ptr, rows_n, rows_l, begin_n, begin_l, D,
+    BLOCK_D: tl.constexpr, EVEN_D: tl.constexpr, DESCRIPTORS: tl.constexpr, PRECISION: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+):  # fmt: skip
+    """``acc`` plus the product of the columns from ``d``."""
+    offs_d = d + tl.arange(0, BLOCK_D)
+    if DESCRIPTORS:
+        x = x_ptr.load([begin_n, d])
+        weight = weight_ptr.load([begin_l, d])
+    elif EVEN_D:
+        x = tl.load(x_ptr + rows_n[:, None] * D + offs_d[None, :])
+        weight = tl.load(weight_ptr + rows_l[:, None] * D + offs_d[None, :])
+    else:
+        mask_d = (offs_d < D)[None, :]
+        x = tl.load(x_ptr + rows_n[:, None] * D + offs_d[None, :], mask=mask_d, other=0.0)
+        weight = tl.load(weight_ptr + rows_l[:, None] * D + offs_d[None, :], mask=mask_d, other=0.0)
+    if INTERPRETED:
+        x = x.to(tl.float32)
+        weight = weight.to(tl.float32)
+    return tl.dot(x, weight.T, acc, input_precision=PRECISION)
+
+
+@triton.jit
 def tile_scores(
     x_ptr, weight_ptr, bias_ptr, begin_n, begin_l, N, D, L,
     BLOCK_N: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_D: tl.constexpr,
-    EVEN_D: tl.constexpr, DESCRIPTORS: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    EVEN_D: tl.constexpr, DESCRIPTORS: tl.constexpr, PRECISION: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
     """Float32 [BLOCK_N, BLOCK_L] scores of the tokens from ``begin_n`` and the latents from ``begin_l``."""
-    offs_d = tl.arange(0, BLOCK_D)
     rows_n = tl.minimum(begin_n + tl.arange(0, BLOCK_N), N - 1).to(tl.int64)
     rows_l = tl.minimum(begin_l + tl.arange(0, BLOCK_L), L - 1).to(tl.int64)
     acc = tl.zeros((BLOCK_N, BLOCK_L), dtype=tl.float32)
-    for d in range(0, D, BLOCK_D):
-        if DESCRIPTORS:
-            x = x_ptr.load([begin_n, d])
-            weight = weight_ptr.load([begin_l, d])
-        elif EVEN_D:
-            x = tl.load(x_ptr + rows_n[:, None] * D + (d + offs_d)[None, :])
-            weight = tl.load(weight_ptr + rows_l[:, None] * D + (d + offs_d)[None, :])
-        else:
-            mask_d = (d + offs_d < D)[None, :]
-            x = tl.load(x_ptr + rows_n[:, None] * D + (d + offs_d)[None, :], mask=mask_d, other=0.0)
-            weight = tl.load(weight_ptr + rows_l[:, None] * D + (d + offs_d)[None, :], mask=mask_d, other=0.0)
-        if UPCAST:  # the interpreter's arithmetic on bfloat16 is wrong
-            x = x.to(tl.float32)
-            weight = weight.to(tl.float32)
-        acc = tl.dot(x, weight.T, acc, input_precision=PRECISION)
+    if INTERPRETED:
+        d = tl.full((), 0, tl.int32)
+        while d < D:
+            acc = _add_products(
+                acc, d, x_ptr, weight_ptr, rows_n, rows_l, begin_n, begin_l, D,
+                BLOCK_D, EVEN_D, DESCRIPTORS, PRECISION, INTERPRETED,
+            )  # fmt: skip
+            d += BLOCK_D
+    else:
+        for d in range(0, D, BLOCK_D):
+            acc = _add_products(
+                acc, d, x_ptr, weight_ptr, rows_n, rows_l, begin_n, begin_l, D,
+                BLOCK_D, EVEN_D, DESCRIPTORS, PRECISION, INTERPRETED,
+            )  # fmt: skip
     return acc + tl.load(bias_ptr + rows_l)[None, :]
 
 

@@ -35,7 +35,7 @@ def _groupmax_encode_kernel(
     x_ptr, weight_ptr, bias_ptr, mask_ptr, acts_ptr, indices_ptr,
     N, D, L, GROUP_SIZE,
     K: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_D: tl.constexpr,
-    EVEN_D: tl.constexpr, HAS_MASK: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    EVEN_D: tl.constexpr, HAS_MASK: tl.constexpr, PRECISION: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
     """One program per (block of tokens, group), tokens fastest so that a group's weights stay in L2."""
     pid_n = tl.program_id(0)
@@ -49,7 +49,7 @@ def _groupmax_encode_kernel(
         offs_l = begin + tl.arange(0, BLOCK_L)
         scores = tile_scores(
             x_ptr, weight_ptr, bias_ptr, pid_n * BLOCK_N, begin, N, D, L,
-            BLOCK_N, BLOCK_L, BLOCK_D, EVEN_D, False, PRECISION, UPCAST,
+            BLOCK_N, BLOCK_L, BLOCK_D, EVEN_D, False, PRECISION, INTERPRETED,
         )  # fmt: skip
         keys = relu_key(scores)
         if HAS_MASK:
@@ -122,7 +122,7 @@ def groupmax_constexprs(D: int, k: int, dtype: torch.dtype, config: configs.Enco
         "EVEN_D": D % config.BLOCK_D == 0,
         "HAS_MASK": has_mask,
         "PRECISION": configs.dot_precision(dtype),
-        "UPCAST": configs.interpreting(),
+        "INTERPRETED": configs.interpreting(),
     }
 
 

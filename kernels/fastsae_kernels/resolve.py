@@ -41,16 +41,31 @@ from .select import (
 
 
 @triton.jit
-def _dot_rows(x_ptr, weight_ptr, columns, exists, D, WINDOW: tl.constexpr, BLOCK_D: tl.constexpr):
+def _add_products(acc, d, x_ptr, weight_ptr, rows, exists, D, BLOCK_D: tl.constexpr):
+    """``acc`` plus the products of the columns from ``d``."""
+    offs_d = d + tl.arange(0, BLOCK_D)
+    x = tl.load(x_ptr + offs_d, mask=offs_d < D, other=0.0).to(tl.float32)
+    mask = exists[:, None] & (offs_d < D)[None, :]
+    weight = tl.load(weight_ptr + rows + offs_d[None, :], mask=mask, other=0.0).to(tl.float32)
+    return acc + weight * x[None, :]
+
+
+@triton.jit
+def _dot_rows(
+    x_ptr, weight_ptr, columns, exists, D,
+    WINDOW: tl.constexpr, BLOCK_D: tl.constexpr, INTERPRETED: tl.constexpr,
+):  # fmt: skip
     """Dot products of one token with the rows ``columns`` of the weight, float32 [WINDOW]."""
     acc = tl.zeros((WINDOW, BLOCK_D), dtype=tl.float32)
     rows = columns.to(tl.int64)[:, None] * D
-    for d in tl.range(0, D, BLOCK_D, num_stages=4):
-        offs_d = d + tl.arange(0, BLOCK_D)
-        x = tl.load(x_ptr + offs_d, mask=offs_d < D, other=0.0).to(tl.float32)
-        mask = exists[:, None] & (offs_d < D)[None, :]
-        weight = tl.load(weight_ptr + rows + offs_d[None, :], mask=mask, other=0.0).to(tl.float32)
-        acc += weight * x[None, :]
+    if INTERPRETED:  # see gemm_tile.py
+        d = tl.full((), 0, tl.int32)
+        while d < D:
+            acc = _add_products(acc, d, x_ptr, weight_ptr, rows, exists, D, BLOCK_D)
+            d += BLOCK_D
+    else:
+        for d in tl.range(0, D, BLOCK_D, num_stages=4):
+            acc = _add_products(acc, d, x_ptr, weight_ptr, rows, exists, D, BLOCK_D)
     return tl.sum(acc, axis=1)
 
 
@@ -60,6 +75,21 @@ def _load_maxima(maxima_ptr, groups, num_groups, GROUP: tl.constexpr, STRIDE: tl
     first = tl.load(maxima_ptr + groups, mask=groups < num_groups, other=0)
     second = tl.load(maxima_ptr + num_groups + groups, mask=groups < num_groups, other=0)
     return first, tl.minimum(first, second | (GROUP - 1)), group_column(groups, second & (GROUP - 1), STRIDE, GROUP)
+
+
+@triton.jit
+def _count_row(threshold, maxima_ptr, num_groups, GROUP: tl.constexpr, STRIDE: tl.constexpr, SPAN: tl.constexpr):
+    """`select.count_candidates` of a whole row, SPAN groups at a time: bounds of all would not fit registers."""
+    num_singles = tl.full((), 0, tl.int32)
+    num_hidden = tl.full((), 0, tl.int32)
+    span = tl.full((), 0, tl.int32)
+    while span < num_groups:
+        first, bound, _ = _load_maxima(maxima_ptr, span + tl.arange(0, SPAN), num_groups, GROUP, STRIDE)
+        singles, hidden = count_candidates(first, bound, threshold)
+        num_singles += singles
+        num_hidden += hidden
+        span += SPAN
+    return num_singles, num_hidden
 
 
 @triton.jit
@@ -92,14 +122,16 @@ def _resolve_kernel(
     D, L, num_groups,
     K: tl.constexpr, BEST: tl.constexpr, P: tl.constexpr, SPAN: tl.constexpr,
     WINDOW: tl.constexpr, BLOCK_D: tl.constexpr, GROUP: tl.constexpr, STRIDE: tl.constexpr, HAS_MASK: tl.constexpr,
+    INTERPRETED: tl.constexpr,
 ):  # fmt: skip
     """One program per token: the top K of a row of group maxima, re-scoring where a group hides members."""
     row = tl.program_id(0).to(tl.int64)
     maxima_ptr += row * (2 * num_groups)
     list_ptr += row * (WINDOW + max(BEST, WINDOW))
-    first, bound, _ = _load_maxima(maxima_ptr, tl.arange(0, P), num_groups, GROUP, STRIDE)
+    groups = tl.arange(0, P)
+    first = tl.load(maxima_ptr + groups, mask=groups < num_groups, other=0)
     threshold = row_threshold(first, GROUP, K, BEST)
-    num_singles, num_hidden = count_candidates(first, bound, threshold)
+    num_singles, num_hidden = _count_row(threshold, maxima_ptr, num_groups, GROUP, STRIDE, SPAN)
     total = num_singles + num_hidden * GROUP
     best = tl.zeros((BEST,), tl.int64)
     begin = tl.full((), 0, tl.int32)
@@ -107,7 +139,7 @@ def _resolve_kernel(
         _publish_row(begin, threshold, num_singles, maxima_ptr, num_groups, list_ptr, GROUP, STRIDE, SPAN, WINDOW)
         cols, exists = window_columns(begin, num_singles, num_hidden, list_ptr, L, STRIDE, GROUP, WINDOW)
         if num_hidden > 0:
-            scores = _dot_rows(x_ptr + row * D, weight_ptr, cols, exists, D, WINDOW, BLOCK_D)
+            scores = _dot_rows(x_ptr + row * D, weight_ptr, cols, exists, D, WINDOW, BLOCK_D, INTERPRETED)
             keys = relu_key(scores + tl.load(bias_ptr + cols, mask=exists, other=0.0))
             if HAS_MASK:
                 keys = tl.where(tl.load(mask_ptr + cols, mask=exists, other=0) != 0, keys, 0)
@@ -164,4 +196,5 @@ def resolve_constexprs(
         "GROUP": config.GROUP,
         "STRIDE": config.STRIDE,
         "HAS_MASK": has_mask,
+        "INTERPRETED": configs.interpreting(),
     }

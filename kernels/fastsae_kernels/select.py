@@ -90,13 +90,14 @@ def window_columns(begin, num_singles, num_hidden, list_ptr, L, STRIDE, GROUP, W
 @triton.jit
 def _count_larger(ranks, others_ptr, end):
     """For each of ``ranks``, how many of the ``end`` (a multiple of 16) ranks at ``others_ptr`` are larger."""
-    offs = tl.arange(0, 16)
+    STEP: tl.constexpr = 16 if ranks.shape[0] <= 256 else max(2, 2048 // ranks.shape[0])  # held in registers
+    offs = tl.arange(0, STEP)
     count = tl.zeros(ranks.shape, tl.int32)
     i = tl.full((), 0, tl.int32)
     while i < end:
         others = tl.load(others_ptr + i + offs)
         count += tl.sum((others[None, :] > ranks[:, None]).to(tl.int32), axis=1)
-        i += 16
+        i += STEP
     return count
 
 
@@ -182,12 +183,14 @@ def _select_kernel(
     first = tl.zeros((LANES,), tl.int32)
     second = tl.zeros((LANES,), tl.int32)
     member = tl.zeros((LANES,), tl.int32)
-    for i in range(0, GROUP):
+    i = tl.full((), 0, tl.int32)
+    while i < GROUP:
         offs_l = i * LANES + groups
         keys = _stored_keys(scores_ptr, bias_ptr, mask_ptr, offs_l, offs_l < L, HAS_BIAS, HAS_MASK)
         second = tl.maximum(second, tl.minimum(first, keys))
         member = tl.where(keys > first, i, member)
         first = tl.maximum(first, keys)
+        i += 1
     threshold = row_threshold(first, 1, K, BEST)
     num_singles, num_hidden = count_candidates(first, second, threshold)
     list_ptr += row * (WINDOW + max(BEST, WINDOW))
