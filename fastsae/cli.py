@@ -18,6 +18,7 @@ from .config import EncodeConfig, SaeConfig, TrainConfig
 from .errors import FastsaeError
 from .eval.config import EvalConfig
 from .options import build, normalise, with_options
+from .report.config import ReportConfig
 from .run_config import RunConfig
 from .run_file import read_run_file
 from .version import __version__
@@ -38,6 +39,7 @@ OPTIONS = {
     "bench": (BenchConfig,),
     "eval": (EvalConfig, RunConfig),
     "encode": (EncodeConfig, RunConfig),
+    "report": (ReportConfig, RunConfig),
 }
 """The configs behind each command's options."""
 
@@ -160,6 +162,27 @@ def encode(
 
     _show_progress_notes(logging.WARNING)
     encode_run(coders, model, options)
+
+
+@app.command()
+@with_options(*OPTIONS["report"])
+def report(
+    run: Annotated[str, typer.Argument(help="A run's folder.")],
+    model: Annotated[
+        str | None, typer.Argument(help="Hub id or folder of the model; by default the run's.", show_default=False)
+    ] = None,
+    dataset: Annotated[str | None, typer.Argument(help="Other data than the run's own.", show_default=False)] = None,
+    **options: Any,
+) -> None:
+    """Write a run as one HTML file: curves, densities, and what its latents fire on.
+
+    [bold]fastsae report checkpoints/my-run[/]
+    """
+    from .report.run import report_run
+
+    _show_progress_notes()
+    path = report_run(run, model, dataset, options)
+    Console().print(f"report: {path}", highlight=False, soft_wrap=True)
 
 
 @app.command()

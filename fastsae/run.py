@@ -16,6 +16,7 @@ from .model import load_model, load_tokenizer, resolve_device
 from .ops import resolve
 from .options import build
 from .progress import summary_table
+from .report.run import report_run
 from .run_config import RunConfig
 from .run_folder import create_run_folder
 from .sources import DEFAULT_DATASET
@@ -59,6 +60,10 @@ def train_run(options: dict[str, Any]) -> None:
     console = Console()
     console.print(summary_table(summary))
     console.print(f"saved in {summary.folder}", highlight=False, soft_wrap=True)
+    if model_name == demo.NAME:
+        where = {key: options[key] for key in ("device", "dtype") if key in options}
+        report = report_run(str(summary.folder), None, None, {"look_at": demo.REPORTED_TOKENS, **where})
+        console.print(f"report: {report}", highlight=False, soft_wrap=True)
     first = summary.coders[0].name
     console.print(
         f"next: python -c \"from fastsae import FastSae; print(FastSae.load_from_disk('{summary.folder}/{first}'))\"",

@@ -35,3 +35,28 @@ def poisoned(monkeypatch):
     monkeypatch.setattr(torch, "empty", poison(torch.empty))
     monkeypatch.setattr(torch, "empty_like", poison(torch.empty_like))
     monkeypatch.setattr(torch.Tensor, "new_empty", poison(torch.Tensor.new_empty))
+
+
+@pytest.fixture(scope="session")
+def report(tmp_path_factory):
+    """The report of a small run on the demo: (the run's folder, the HTML, the data inside it)."""
+    import json
+    import re
+
+    from fastsae import RunConfig, SaeConfig, TrainConfig, Trainer, load_model
+    from fastsae.data import load_tokens
+    from fastsae.model import load_tokenizer
+    from fastsae.report.run import report_run
+
+    folder = tmp_path_factory.mktemp("runs")
+    run = RunConfig(device="cpu", ctx_len=32, max_tokens=2560)
+    model = load_model("demo", run)
+    rows = load_tokens("stdlib", run, load_tokenizer("demo", run), model.config)
+    cfg = TrainConfig(
+        SaeConfig(num_latents=64, k=4), hookpoints=("h.1", "h.2.mlp.act"), batch_size=8, save_dir=str(folder),
+        run_name="a", log_every=2,
+    )  # fmt: skip
+    Trainer(cfg, rows, model, origin={"model": "demo", "dataset": "stdlib", **run.to_dict()}).fit(progress=False)
+    options = {"per_coder": 10, "latents": ["3"], "device": "cpu"}
+    html = report_run(str(folder / "a"), None, None, options, progress=False).read_text()
+    return folder / "a", html, json.loads(re.search(r'id="data">(.*?)</script>', html, re.S)[1])

@@ -107,6 +107,8 @@ def test_the_embedded_default(tmp_path, capsys):
     assert (coder.d_in, coder.num_latents, coder.cfg.k) == (128, 4096, 32)
     for word in ("held-out FVU", "L0", "dead %", "tokens", "seconds", "saved in", "next:", "h.1"):
         assert word in out
+    assert f"report: {folder / 'report.html'}" in out
+    assert "<title>" in (folder / "report.html").read_text()
 
 
 @pytest.mark.parametrize(

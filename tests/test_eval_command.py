@@ -37,7 +37,7 @@ def test_the_command(trained, capsys, tmp_path):
     folder, held_out = trained
     code, out, err = run(capsys, "eval", str(folder), "--device", "cpu")
     assert code == 0, err
-    assert f"{len(held_out)} sequences of stdlib that training held out" in one_line(err)
+    assert f"{len(held_out)} sequences of stdlib held out of training" in one_line(err)
     for word in ("FVU", "expl. var", "dead %", "recovered", "KL", "all 2 together", "h.2.mlp", "saved in"):
         assert word in out
     assert max(map(len, out.splitlines())) <= 80

@@ -29,6 +29,7 @@ FLOORS = {
         "joint optim",
         "metrics saved",
         "trainer eval encode",
+        "report",
         "run bench compat.sparsify",
         "cli __init__",
         "__main__",
@@ -47,19 +48,21 @@ FLOORS = {
     "sparsify": ["config data", "trainer", "__init__"],
     "formats": ["__init__ sparsify saelens dictionary_learning openai circuit_tracer"],
     "eval": [
-        "__init__ config estimate",
+        "__init__ config estimate batches",
         "result",
         "reconstruction cross_entropy table",
         "evaluate tokens",
         "run",
     ],
+    "report": ["__init__ config codes curves lens", "latents page", "run"],
 }
 WITHIN = {
     "bench": ["fastsae"],
-    "eval": ["fastsae"],
     "compat": ["fastsae"],
     "formats": ["compat", "fastsae"],
     "sparsify": ["compat", "fastsae"],
+    "eval": ["fastsae"],
+    "report": ["fastsae"],
 }
 PACKAGES = {
     "fastsae_kernels": ROOT / "kernels/fastsae_kernels",
@@ -69,6 +72,7 @@ PACKAGES = {
     "formats": ROOT / "fastsae/compat/formats",
     "sparsify": ROOT / "fastsae/compat/sparsify",
     "eval": ROOT / "fastsae/eval",
+    "report": ROOT / "fastsae/report",
 }
 KERNELS_MAY_IMPORT = {
     *("__future__", "torch", "triton", "typing", "os", "functools", "math", "dataclasses", "collections"),

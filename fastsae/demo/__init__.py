@@ -24,6 +24,9 @@ MODEL_DIR = Path(__file__).parent / "model"
 TRAINING = {"batch_size": 8, "ctx_len": 256, "max_tokens": 500_000}
 """What ``fastsae train`` sets for this model unless told otherwise: a run of about two minutes on two cores."""
 
+REPORTED_TOKENS = 32_768
+"""Tokens that its report looks for contexts on: some ten seconds more."""
+
 _SKIPPED = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__", "lib2to3"}
 
 

@@ -12,15 +12,14 @@ from typing import Any, NamedTuple
 import torch
 from rich.progress import Progress
 from torch import Tensor
-from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
 
-from ..data import collate
 from ..errors import ArtifactError, CheckpointError, ConfigError, HookpointError
 from ..hooks import run_hooked, run_replaced
 from ..progress import console
 from ..sae import FastSae
 from ..saved import check_origin, check_places, coder_input
+from .batches import Batch, read_batches
 from .config import EvalConfig
 from .cross_entropy import LossSums, constant, cross_entropy, graft
 from .reconstruction import OutputMean, ReconstructionSums, decoder_cosines
@@ -44,17 +43,6 @@ class Subject(NamedTuple):
     def group(self) -> tuple[str, str]:
         """Coders that can be grafted together: of one source and one seed."""
         return self.source, self.name.partition("/")[2]
-
-
-class Batch(NamedTuple):
-    """Sequences on the model's device."""
-
-    input_ids: Tensor
-    """int64 [B, S]."""
-    attended: Tensor | None
-    """bool [B, S]: tokens that are real; None where all are."""
-    kept: Tensor | None
-    """bool [B, S]: tokens that are measured and replaced; None where all are."""
 
 
 def evaluate(
@@ -102,7 +90,6 @@ class _Evaluator:
             groups[subject.group][subject.hookpoint] = subject.coder
         self.groups = {group: coders for group, coders in groups.items() if len(coders) > 1}
         self.losses: dict[tuple, LossSums] = defaultdict(LossSums)
-        self._excluded = torch.tensor(cfg.exclude_tokens, dtype=torch.int64, device=model.device)
 
     def run(self, progress: bool) -> Evaluation:
         batches = -(-len(self.tokens) // self.cfg.batch_size)
@@ -168,12 +155,10 @@ class _Evaluator:
             yield ("mean", names), {n: constant(means[n], batch.kept) for n in names}
 
     def _run(self, batch: Batch, callback) -> None:
-        mask = None if batch.attended is None else batch.attended.long()
-        run_hooked(self.model, batch.input_ids, self.calls, callback, mask)
+        run_hooked(self.model, batch.input_ids, self.calls, callback, batch.attention_mask)
 
     def _logits(self, batch: Batch, replacements: dict) -> Tensor:
-        mask = None if batch.attended is None else batch.attended.long()
-        return run_replaced(self.model, batch.input_ids, replacements, mask)
+        return run_replaced(self.model, batch.input_ids, replacements, batch.attention_mask)
 
     # ---- what comes in, what goes out ----
 
@@ -184,14 +169,7 @@ class _Evaluator:
         return check_places(self.model, ((subject.name, subject.coder) for subject in self.subjects))
 
     def _batches(self) -> Iterator[Batch]:
-        for rows in DataLoader(self.tokens, batch_size=self.cfg.batch_size, collate_fn=collate):
-            ids = rows["input_ids"].to(self.model.device)
-            attended = rows["attention_mask"].to(ids.device).bool() if "attention_mask" in rows else None
-            kept = attended
-            if len(self._excluded):
-                other = torch.isin(ids, self._excluded, invert=True)
-                kept = other if attended is None else attended & other
-            yield Batch(ids, attended, kept)
+        return read_batches(self.tokens, self.cfg.batch_size, self.model, self.cfg.exclude_tokens)
 
     def _result(self, sums: dict[tuple, ReconstructionSums]) -> Evaluation:
         rows = tuple(
