@@ -230,7 +230,7 @@ def test_the_model_is_restored_also_after_an_error():
 def test_coders_of_other_places_are_refused():
     model, rows, coder = make_model("gpt2"), token_rows(2, 8), make_coder(32)
     coder.notes = {"model": "gpt2", "hookpoint": "h.0"}
-    with pytest.raises(CheckpointError, match="h.1: expected a coder of this hookpoint, got one trained on h.0"):
+    with pytest.raises(CheckpointError, match="h.1: expected a coder of this hookpoint .h.1., got one trained on h.0"):
         evaluate({"h.1": coder}, model, rows, progress=False)
     with pytest.raises(CheckpointError, match="expected a coder of org/other, got one trained on gpt2"):
         evaluate({"h.0": coder}, model, rows, model_name="org/other", progress=False)
