@@ -13,6 +13,8 @@ from fastsae_kernels.encode import encode
 from fastsae_kernels.select import select
 from fastsae_kernels.testing import assert_no_worse, make_inputs
 
+pytestmark = pytest.mark.usefixtures("poisoned")
+
 PATHS = ["fused", "chunked"]
 SHAPES = [(1, 7, 16, 1), (3, 33, 123, 7), (2, 16, 255, 33), (2, 48, 64, 64), (2, 20, 507, 5)]  # N, D, L, k
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
