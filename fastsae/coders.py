@@ -63,6 +63,14 @@ def make_coders(cfg: TrainConfig, hookpoints: dict[str, Hookpoint], model: PreTr
 
 
 @torch.no_grad()
+def activation_size(y: Tensor) -> dict[str, float]:  # [N, D]
+    """The norm of the activations' mean, and the mean of their norms: by these a coder knows its activations again."""
+    y = y.float()
+    mean, norm = y.mean(0).norm(), y.norm(dim=1).mean()
+    return dict(zip(("activation_mean", "activation_norm"), torch.stack([mean, norm]).tolist(), strict=True))
+
+
+@torch.no_grad()
 def init_biases(coder: FastSae, x: Tensor, y: Tensor) -> None:  # [N, D], [N, D]
     """Centre a new coder on its first batch: b_dec is the targets' mean, and pre-activations have mean 0."""
     coder.b_dec.copy_(y.float().mean(0))

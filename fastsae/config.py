@@ -106,6 +106,12 @@ class TrainConfig:
     lr: float | None = None
     """Learning rate; by default 2e-4 (signum: 5e-3) / sqrt(latents / 2**14)."""
 
+    max_grad_norm: float | None = None
+    """Scale each coder's gradient down to this norm in every step; by default it is left as it is."""
+
+    k_decay_steps: int = 0
+    """Optimizer steps in which the number of active latents falls linearly from 10 times the width to k."""
+
     lr_warmup_steps: int = 1000
     """Optimizer steps of linear warm-up, at most a tenth of the run; then linear decay to the last step."""
 
@@ -124,6 +130,12 @@ class TrainConfig:
     layers: tuple[int, ...] = ()
     """Layers whose residual stream to train on, instead of hookpoints."""
 
+    set: tuple[str, ...] = ()
+    """Other coders where a wildcard matches: "PATTERN:k=64,expansion_factor=16"; k=32|64 trains one of each."""
+
+    finetune: str | None = None
+    """Saved coders to go on training from: a folder or a hub id."""
+
     layer_stride: int = 1
     """Keep every n-th of the hookpoints."""
 
@@ -137,7 +149,13 @@ class TrainConfig:
     """Sequences kept out of training to measure the coders at the end, at most a twentieth of all."""
 
     save_every: int = 1000
-    """Optimizer steps between checkpoints."""
+    """Optimizer steps between checkpoints, which --resume goes on from."""
+
+    keep_last: int = 1
+    """Checkpoints whose coders are kept: the newest in the run's folder, more of them under steps/."""
+
+    save_best: bool = False
+    """Measure the held-out FVU at every checkpoint, and keep each coder's best under best/."""
 
     log_every: int = 10
     """Optimizer steps between records in metrics.jsonl."""
@@ -152,15 +170,25 @@ class TrainConfig:
     """Name of the run and of its folder; by default the model's name and the time."""
 
     def __post_init__(self) -> None:
-        for name in ("exclude_tokens", "hookpoints", "layers", "init_seeds", "log_to"):
+        for name in ("exclude_tokens", "hookpoints", "layers", "init_seeds", "log_to", "set"):
             if isinstance(getattr(self, name), list):
                 object.__setattr__(self, name, tuple(getattr(self, name)))
         check_types(self)
-        for name in ("batch_size", "grad_acc_steps", "micro_acc_steps", "layer_stride", "save_every", "log_every"):
+        for name in (
+            "batch_size", "grad_acc_steps", "micro_acc_steps", "layer_stride", "save_every", "keep_last", "log_every",
+        ):  # fmt: skip
             require(getattr(self, name) >= 1, name, "at least 1", getattr(self, name))
-        for name in ("lr_warmup_steps", "auxk_alpha", "dead_feature_threshold", "held_out"):
+        for name in ("lr_warmup_steps", "auxk_alpha", "dead_feature_threshold", "held_out", "k_decay_steps"):
             require(getattr(self, name) >= 0, name, "0 or more", getattr(self, name))
         require(self.lr is None or self.lr > 0, "lr", "a positive number", self.lr)
+        require(
+            self.max_grad_norm is None or self.max_grad_norm > 0, "max_grad_norm", "a positive number",
+            self.max_grad_norm,
+        )  # fmt: skip
+        if self.max_grad_norm is not None and self.optimizer == "signum":
+            raise ConfigError("max_grad_norm: expected another optimizer with it, got signum, which takes signs only")
+        if self.k_decay_steps and self.sae.activation != "topk":
+            raise ConfigError("k_decay_steps: expected topk, got groupmax, whose k is its number of groups")
         require(len(set(self.init_seeds)) == len(self.init_seeds) > 0, "init_seeds", "distinct seeds", self.init_seeds)
         if self.layers and self.hookpoints:
             raise ConfigError("expected layers or hookpoints, got both; drop one of them")

@@ -5,7 +5,8 @@
     ├── HookpointError     a hookpoint does not exist, or gives nothing to train on
     ├── ArtifactError      a model, dataset or output folder cannot be used
     ├── CheckpointError    a saved coder is missing, damaged or of another kind
-    └── NonFiniteError     training met NaN or inf
+    ├── NonFiniteError     training met NaN or inf
+    └── OutOfMemoryError   the work does not fit into memory, in however small parts
 
 Each message says what was expected, what came, and the way out.
 """
@@ -33,3 +34,15 @@ class CheckpointError(FastsaeError):
 
 class NonFiniteError(FastsaeError):
     pass
+
+
+class OutOfMemoryError(FastsaeError):
+    pass
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether ``error`` is torch's way to say that memory ran out, on a GPU or a CPU."""
+    said = str(error).lower() if isinstance(error, RuntimeError) else ""
+    return (type(error).__name__ == "OutOfMemoryError" and isinstance(error, RuntimeError)) or any(
+        words in said for words in ("out of memory", "can't allocate memory", "not enough memory")
+    )

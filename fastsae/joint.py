@@ -15,6 +15,7 @@ from torch import Tensor
 
 from . import ops
 from .config import TrainConfig
+from .errors import OutOfMemoryError, is_out_of_memory
 from .ops import Coder, GradSink, Loss
 from .row_optimizer import RowOptimizer
 from .sae import FastSae
@@ -39,11 +40,15 @@ def joint_step(
     dead: Tensor | None,  # [R] int64, ascending: latents that AuxK revives
     share: float,
     optimizer: RowOptimizer | None,
+    k: int | None = None,
 ) -> StepLosses:
     """Losses of a batch, or of a chunk of it, and their gradients times ``share`` added to the coder's.
 
     With an ``optimizer`` the two matrices take their step at once, and only the small tensors get gradients.
+    ``k``: active latents in this step, by default the coder's. Where memory runs out, torch's error comes through
+    as long as nothing was changed; :class:`OutOfMemoryError` says that the step was half done.
     """
+    k = k or coder.cfg.k
     if coder.cfg.multi_topk and coder.cfg.activation != "topk":
         return _autograd_step(coder, x, y, variance, cfg, dead, share)
     assert coder.W_dec is not None
@@ -53,18 +58,27 @@ def joint_step(
         low.get(coder.encoder.weight), low.get(coder.W_dec),
     )  # fmt: skip
     k_aux = max(1, coder.d_in // 2)
-    loss = Loss(variance, 4 * coder.cfg.k if coder.cfg.multi_topk else 0, dead, k_aux, cfg.auxk_alpha, share)
+    multi_k = min(4 * k, coder.num_latents) if coder.cfg.multi_topk else 0
+    loss = Loss(variance, multi_k if multi_k > k else 0, dead, k_aux, cfg.auxk_alpha, share)
+    small = [_grad(p) for p in (coder.encoder.bias, coder.b_dec, coder.W_skip) if p is not None]  # memory first
     dense = optimizer is None
     sink = GradSink(_grad(coder.encoder.weight), _grad(coder.W_dec)) if dense else optimizer.row_step(coder)
-    out = ops.coder_step(
-        x, y, tensors, loss, sink, k=coder.cfg.k, activation=coder.cfg.activation,
-        implementation=coder.implementation,
-    )  # fmt: skip
-    small = {coder.encoder.bias: out.d_bias, coder.b_dec: out.d_b_dec}
-    if coder.W_skip is not None and out.d_skip is not None:
-        small[coder.W_skip] = out.d_skip
-    for parameter, grad in small.items():
-        _grad(parameter).add_(grad)
+    try:
+        out = ops.coder_step(
+            x, y, tensors, loss, sink, k=k, activation=coder.cfg.activation, implementation=coder.implementation
+        )
+    except RuntimeError as error:
+        if sink.begun and is_out_of_memory(error):
+            raise OutOfMemoryError(
+                "out of memory in the middle of a coder's update, which cannot be undone; "
+                "go on from the last checkpoint with a higher --micro-acc-steps"
+            ) from error
+        raise
+    if optimizer is not None:
+        optimizer.count_row_step(coder)
+    for total, grad in zip(small, (out.d_bias, out.d_b_dec, out.d_skip), strict=False):
+        assert grad is not None
+        total.add_(grad)
     return StepLosses(out.fvu, out.auxk, out.multi_fvu, out.fired)
 
 
@@ -77,7 +91,10 @@ def _autograd_step(
     with torch.enable_grad():
         out = coder(x, y, dead_mask=mask, total_variance=variance)
         total = out.fvu + cfg.auxk_alpha * out.auxk_loss + out.multi_topk_fvu / 8
-        (total * share).backward()
+        parameters = list(coder.parameters())
+        grads = torch.autograd.grad(total * share, parameters)  # all or none: .grad is not half summed without memory
+    for parameter, grad in zip(parameters, grads, strict=True):
+        _grad(parameter).add_(grad)
     fired = torch.zeros(coder.num_latents, dtype=torch.uint8, device=x.device)
     active = (out.latent_acts.detach() > 0).to(torch.uint8).flatten()
     fired.scatter_reduce_(0, out.latent_indices.flatten(), active, "amax")

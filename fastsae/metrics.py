@@ -6,10 +6,13 @@ Shapes: N tokens, D width, L latents, K active latents.
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from .activations import ModelPass
 from .errors import NonFiniteError
 from .joint import StepLosses
 from .sae import FastSae, ForwardOutput
@@ -44,6 +47,24 @@ class TrainingMetrics:
         self.tokens_since_fired.masked_fill_(self._fired, 0)
         self._fired.zero_()
         self._dead = None if threshold is None else DeadLatents(self.dead(threshold))
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the next step, and the next reading, depend on; between two steps."""
+        return {
+            "tokens_since_fired": self.tokens_since_fired,
+            "sums": self._sums,
+            "bad_step": self._bad_step,
+            "seconds": self.stopwatch.read(),
+            "looks_for_dead": self._dead is not None,
+        }
+
+    def load_state_dict(self, state: dict[str, Any], threshold: int) -> None:
+        """``threshold`` is :meth:`end_step`'s, for the latents that are dead now."""
+        self.tokens_since_fired.copy_(state["tokens_since_fired"])
+        self._sums.copy_(state["sums"])
+        self._bad_step.copy_(state["bad_step"])
+        self.stopwatch = Stopwatch(self.coder.device, state["seconds"])
+        self._dead = DeadLatents(self.dead(threshold)) if state["looks_for_dead"] else None
 
     def dead(self, threshold: int) -> Tensor:  # bool [L]
         return self.tokens_since_fired > threshold
@@ -113,9 +134,9 @@ class DeadLatents:
 class Stopwatch:
     """Seconds spent in a ``with`` block, summed; on a GPU by events, so that nothing waits until it is read."""
 
-    def __init__(self, device: torch.device):
+    def __init__(self, device: torch.device, seconds: float = 0.0):
         self._cuda = device.type == "cuda"
-        self._seconds = 0.0
+        self._seconds = seconds
         self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
 
     def __enter__(self) -> None:
@@ -164,3 +185,20 @@ class HeldOutMetrics:
             return {"fvu": float("nan"), "l0": float("nan")}
         variance = self._square - self._sum.square().sum() / self.tokens
         return {"fvu": (self._error / variance).item(), "l0": self._active.item() / self.tokens}
+
+
+@torch.no_grad()
+def held_out_metrics(
+    coders: dict[str, FastSae], model_pass: ModelPass, batches: Iterable[dict[str, Tensor]]
+) -> dict[str, dict[str, float]]:
+    """FVU and L0 of every coder, with the weights it has now, over ``batches``."""
+    measured = {name: HeldOutMetrics(coder.d_in, coder.device) for name, coder in coders.items()}
+
+    def measure(hookpoint: str, x: Tensor, y: Tensor) -> None:
+        for name, coder in coders.items():
+            if name.partition("/")[0] == hookpoint:
+                measured[name].add(y, coder(x, y))
+
+    for rows in batches:
+        model_pass.run(rows, measure, at="held-out data")
+    return {name: metrics.read() for name, metrics in measured.items()}

@@ -75,15 +75,31 @@ def linear_schedule(optimizer: Optimizer, warmup: int, total_steps: int) -> Lamb
     return LambdaLR(optimizer, factor)
 
 
-def apply_gradients(optimizer: Optimizer, coders: Iterable[FastSae]) -> None:
-    """One optimizer step on the gradients that are there; decoders kept at unit norm stay on the sphere, exactly."""
-    spheres = [coder for coder in coders if on_sphere(coder)] if not isinstance(optimizer, RowOptimizer) else []
-    for coder in spheres:
-        coder.remove_gradient_parallel_to_decoder_directions()
+def apply_gradients(optimizer: Optimizer, coders: Iterable[FastSae], max_grad_norm: float | None = None) -> None:
+    """One optimizer step on the gradients that are there; decoders kept at unit norm stay on the sphere, exactly.
+
+    ``max_grad_norm``: each coder's gradient is scaled down to this norm first, measured on the sphere.
+    """
+    coders = list(coders)
+    spheres = [coder for coder in coders if on_sphere(coder)]
+    if max_grad_norm is not None or not isinstance(optimizer, RowOptimizer):  # which projects for itself
+        for coder in spheres:
+            coder.remove_gradient_parallel_to_decoder_directions()
+    if max_grad_norm is not None:
+        for coder in coders:  # each by itself: its steps do not depend on what is trained beside it
+            torch.nn.utils.clip_grad_norm_(coder.parameters(), max_grad_norm)
     optimizer.step()
     optimizer.zero_grad(set_to_none=False)  # the next step's sums start in the same memory
-    for coder in spheres:
+    for coder in spheres if not isinstance(optimizer, RowOptimizer) else ():
         coder.set_decoder_norm_to_unit_norm()
+
+
+def active_latents(cfg: TrainConfig, coder: FastSae, step: int) -> int:
+    """k in optimizer step ``step`` (from 0): linear from min(latents, 10 D) to the coder's, as sparsify decays it."""
+    first, last = min(coder.num_latents, 10 * coder.d_in), coder.cfg.k
+    if step >= cfg.k_decay_steps or first <= last or coder.cfg.activation != "topk":
+        return last
+    return round(first + (last - first) * step / cfg.k_decay_steps)
 
 
 def learning_rates(optimizer: Optimizer) -> list[float]:

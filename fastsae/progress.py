@@ -64,8 +64,8 @@ class TrainProgress:
     def __exit__(self, *_error: object) -> None:
         self._bar.stop()
 
-    def advance(self) -> None:
-        self._bar.advance(self._task)
+    def advance(self, steps: int = 1) -> None:
+        self._bar.advance(self._task, steps)
 
     def show(self, tokens_per_second: float, fvu: float) -> None:
         self._bar.update(self._task, rate=f"{tokens_per_second:,.0f} tokens/s", fvu=f"FVU {fvu:.3f}")

@@ -68,17 +68,22 @@ class RowOptimizer(Optimizer):
         update_matrix(self.rule, rows, grad, lr=float(group["lr"]), step=int(state["step"]))
 
     def row_step(self, coder: FastSae) -> RowStep:
-        """The next step of a coder's two matrices, for ``coder_step`` to take; counted as taken."""
+        """The next step of a coder's two matrices, for ``coder_step`` to take; :meth:`count_row_step` when it has."""
         assert coder.W_dec is not None
         rows = []
         for parameter in (coder.encoder.weight, coder.W_dec):
             state = self._state(parameter)
-            state["step"] += 1
             moments = {name: tensor for name, tensor in state.items() if name != "step"}
             sphere = self._groups_of[parameter]["sphere"]
             rows.append(Rows(parameter.data, moments, sphere, self.low.get(parameter)))
-        step = int(self.state[coder.W_dec]["step"])
+        step = int(self.state[coder.W_dec]["step"]) + 1
         return RowStep(self.rule, float(self._groups_of[coder.W_dec]["lr"]), step, *rows)
+
+    def count_row_step(self, coder: FastSae) -> None:
+        """Count what :meth:`row_step` gave as taken."""
+        assert coder.W_dec is not None
+        for parameter in (coder.encoder.weight, coder.W_dec):
+            self.state[parameter]["step"] += 1
 
     @contextmanager
     def evaluation_weights(self, coders: Iterable[FastSae]) -> Iterator[None]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import zlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -36,9 +36,13 @@ class RowSource(ABC):
     def hold_out(self, count: int) -> RowSource:
         """Set ``count`` rows apart, before any is taken: the source returned gives them, this one no longer does."""
 
-    @abstractmethod
     def state_dict(self) -> dict[str, Any]:
         """Where the cursor is: plain numbers, texts, lists, dicts, and tensors."""
+        return self.snapshot()()
+
+    @abstractmethod
+    def snapshot(self) -> Callable[[], dict[str, Any]]:
+        """Remember where the cursor is, at little cost; the function returned gives that ``state_dict`` later."""
 
     @abstractmethod
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -68,8 +72,9 @@ class MapRows(RowSource):
         self._count -= count
         return MapRows(self._dataset, end - count, end)
 
-    def state_dict(self) -> dict[str, Any]:
-        return {**self._identity(), "next": self._next}
+    def snapshot(self) -> Callable[[], dict[str, Any]]:
+        here = self._next
+        return lambda: {**self._identity(), "next": here}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         check_same_data(self._identity(), state)

@@ -70,13 +70,15 @@ class TokenStream(RowSource):
         self._held_out += len(held_out)
         return MapRows(held_out)
 
-    def state_dict(self) -> dict[str, Any]:
-        """Numbers, texts and dicts; and the rows in the buffer as ``input_ids [rows, S]``."""
-        return {
+    def snapshot(self) -> Callable[[], dict[str, Any]]:
+        """Of numbers, texts and dicts; and the rows in the buffer as ``input_ids [rows, S]``."""
+        drawn, held = self._drawn, list(self._held)
+        data = self._dataset.state_dict() if drawn else self._start
+        return lambda: {
             **self._identity(),
-            "drawn": self._drawn,
-            "data": self._dataset.state_dict() if self._drawn else self._start,
-            "buffer": collate(self._held) if self._held else {},
+            "drawn": drawn,
+            "data": data,
+            "buffer": collate(held) if held else {},
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

@@ -8,112 +8,156 @@ appear: only one hookpoint's activations are alive at a time.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from itertools import islice
-from typing import Any, cast
+from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, Subset
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from . import loss
-from .batches import ModelBatch, prefetched, prepare
+from .activations import ModelPass
+from .batches import prefetched
 from .checkpoint import write_json
-from .coders import find_hookpoints, init_biases, make_coders
+from .coders import activation_size, find_hookpoints, init_biases, make_coders
 from .config import TrainConfig
-from .data import collate, held_out_sequences
-from .errors import ArtifactError, HookpointError
-from .hooks import run_hooked
-from .joint import joint_step
-from .metrics import HeldOutMetrics, TrainingMetrics
-from .optim import apply_gradients, learning_rates, make_optimizer, make_schedule
+from .errors import ArtifactError
+from .interrupt import Interrupted, StopSignals
+from .metrics import TrainingMetrics, held_out_metrics
+from .micro_batches import MicroBatches
+from .optim import active_latents, apply_gradients, learning_rates, make_optimizer, make_schedule
 from .progress import CoderSummary, RunSummary, TrainProgress
+from .resume import check_same_run, rewind_metrics
 from .row_optimizer import RowOptimizer
+from .rows import Batches, split_held_out
 from .run_folder import create_run_folder
-from .sae import FastSae
+from .saving import save_coders
 from .tracking import Tracker
+from .trainer_state import load_into, state_of
+from .training_state import drop_states, read_newest_state, write_state
 from .version import __version__
 
 
 class Trainer:
     """Train coders on the activations of ``model`` over ``dataset`` (rows of ``input_ids``, equally long).
 
-    ``model`` is any Hugging Face model; it is left as it was found. ``coders`` maps names (``h.0.mlp.act``,
-    with several seeds ``h.0.mlp.act/seed1``) to :class:`FastSae`. ``origin`` is stored in the run's
-    config.json.
+    ``model`` is any Hugging Face model; it is left as it was found. ``dataset`` has ``len`` and ``[i]``, or is a
+    :class:`fastsae.rows.RowSource`. ``coders`` maps names (``h.0.mlp.act``, with several seeds
+    ``h.0.mlp.act/seed1``) to :class:`FastSae`. ``origin`` is stored in the run's config.json.
     """
 
     def __init__(self, cfg: TrainConfig, dataset: Any, model: PreTrainedModel, *, origin: dict[str, Any] | None = None):
         self.cfg, self.model, self.origin = cfg, model, origin or {}
-        held_out = held_out_sequences(cfg.held_out, len(dataset))
-        cut = len(dataset) - held_out
-        self.train_rows = Subset(dataset, range(cut))
-        self.held_out_rows = Subset(dataset, range(cut, len(dataset)))
-        batches = -(-cut // cfg.batch_size)
-        self.total_steps = -(-batches // cfg.grad_acc_steps)
+        rows, self.held_out_rows = split_held_out(dataset, cfg.held_out)
+        self._held_out_start = self.held_out_rows.state_dict()
+        self._batches = Batches(rows, cfg.batch_size, pin=model.device.type == "cuda")
+        self._cursor: Callable[[], dict[str, Any]] = rows.snapshot()  # after the batches trained on
+        self.total_steps = -(-len(self._batches) // cfg.grad_acc_steps)
         if self.total_steps == 0:
             raise ArtifactError("dataset: expected at least one sequence to train on, got none")
 
         self.hookpoints = find_hookpoints(model, cfg)
+        self._pass = ModelPass(model, self.hookpoints, transcode=cfg.sae.transcode, exclude_tokens=cfg.exclude_tokens)
         self.coders = make_coders(cfg, self.hookpoints, model)
         self.metrics = {name: TrainingMetrics(name, coder) for name, coder in self.coders.items()}
         low_dtype = model.dtype if model.device.type == "cuda" and model.dtype != torch.float32 else None
         self.optimizer = make_optimizer(cfg, self.coders.values(), low_dtype)
         self.schedule = make_schedule(cfg, self.optimizer, self.total_steps)
-        self._in_place = self._can_update_in_place()
-        self._vocabulary = cast(nn.Embedding, model.get_input_embeddings()).num_embeddings
+        self.micro_batches = MicroBatches(cfg.micro_acc_steps)
+        self.folder: Path | None = None
         self.step = 0
         self.tokens = 0
+        self._seconds, self._start = 0.0, time.perf_counter()  # of this run before it was resumed
         self._initialised: set[str] = set()
+        self._activation_sizes: dict[str, dict[str, float]] = {}  # by hookpoint, on its first batch
 
     def fit(self, *, progress: bool = True) -> RunSummary:
-        """Train to the end of the dataset, save, measure on the held-out sequences."""
-        start = time.perf_counter()
-        self.folder = create_run_folder(self.cfg, self._model_name())
+        """Train to the end of the dataset, save, measure on the held-out sequences.
+
+        Ctrl-C and SIGTERM end it after the step at work, saved; :class:`Interrupted` says how to go on.
+        """
+        self._start = time.perf_counter() - self._seconds
         config = {**self.cfg.to_dict(), **self.origin}
-        write_json(self.folder / "config.json", config)
+        if self.folder is None:
+            self.folder = create_run_folder(self.cfg, self._model_name())
+            write_json(self.folder / "config.json", config)
+        else:
+            self._save_coders()  # a crash may have come between the state and the coders
         tracker = Tracker(self.folder, self.cfg.log_to, config)
         try:
-            with TrainProgress(self.total_steps, progress) as bar:
-                for batches in self._steps():
-                    self.train_step(batches)
-                    bar.advance()
-                    if self.step % self.cfg.log_every == 0 or self.step == self.total_steps:
-                        values = self.read_metrics()
-                        values["tokens_per_second"] = self.tokens / (time.perf_counter() - start)
-                        tracker.log(self.step, values)
-                        bar.show(values["tokens_per_second"], values["fvu"])
-                    if self.step % self.cfg.save_every == 0 and self.step < self.total_steps and self.tokens:
-                        self.save()
-            if self.tokens == 0:
-                raise ArtifactError(
-                    "dataset: expected tokens to train on, got none: all are excluded or masked; "
-                    "check --exclude-tokens and the attention_mask"
-                )
-            self.save()
-            return self.summarise(time.perf_counter() - start)
+            with TrainProgress(self.total_steps, progress) as bar, StopSignals() as signals:
+                bar.advance(self.step)
+                self._train(tracker, bar, signals)
+            summary = self.summarise(time.perf_counter() - self._start)
         finally:
             tracker.close()
+        drop_states(self.folder)
+        return summary
+
+    def _train(self, tracker: Tracker, bar: TrainProgress, signals: StopSignals) -> None:
+        logged = self.step
+        for batches, cursor in self._steps():
+            self.train_step(batches)
+            self._cursor = cursor
+            bar.advance()
+            if self.step % self.cfg.log_every == 0 or self.step == self.total_steps:
+                self._log(tracker, bar)
+                logged = self.step
+            if signals.received is not None and self.step < self.total_steps:
+                self._stop(signals.received)
+            if self._save_is_due() and self.step < self.total_steps and self.tokens:
+                self.save()
+        if self.tokens == 0:
+            raise ArtifactError(
+                "dataset: expected tokens to train on, got none: all are excluded or masked; "
+                "check --exclude-tokens and the attention_mask"
+            )
+        if logged < self.step:  # a stream that ended before its limit
+            self._log(tracker, bar)
+        self.save()
 
     def train_step(self, batches: list[dict[str, Tensor]]) -> None:
         """One optimizer step on the summed gradients of ``batches`` (each with ``input_ids [B, S]``)."""
-        self._share = 1 / len(batches)
-        tokens = 0
-        for rows in batches:
-            batch = self._prepare(rows)
-            self._batch = batch
-            tokens += batch.tokens
-            self._run_model(batch, self._train_hookpoint)
+        share = 1 / len(batches)
+
+        def train(hookpoint: str, x: Tensor, y: Tensor) -> None:
+            self._train_hookpoint(hookpoint, x, y, share)
+
+        tokens = sum(self._pass.run(rows, train, at=f"step {self.step + 1}") for rows in batches)
         self._lr = max(learning_rates(self.optimizer))
-        apply_gradients(self.optimizer, self.coders.values())
+        apply_gradients(self.optimizer, self.coders.values(), self.cfg.max_grad_norm)
         self.schedule.step()
         auxk = self.cfg.auxk_alpha > 0 and self.tokens + tokens > self.cfg.dead_feature_threshold
         for metrics in self.metrics.values():
             metrics.end_step(tokens, self.cfg.dead_feature_threshold if auxk else None)
         self.step += 1
         self.tokens += tokens
+
+    def _train_hookpoint(self, hookpoint: str, x: Tensor, y: Tensor, share: float) -> None:
+        if hookpoint not in self._activation_sizes:
+            self._activation_sizes[hookpoint] = activation_size(y)
+        variance = loss.total_variance(y)
+        for name, coder in self.coders.items():
+            if name.partition("/")[0] != hookpoint:
+                continue
+            if name not in self._initialised:
+                init_biases(coder, x, y)
+                self._initialised.add(name)
+            optimizer = self.optimizer if isinstance(self.optimizer, RowOptimizer) and self._in_place() else None
+            with self.metrics[name].stopwatch:
+                self.micro_batches.train(
+                    coder, x, y, self.metrics[name], self.cfg, variance=variance, share=share, optimizer=optimizer,
+                    k=active_latents(self.cfg, coder, self.step),
+                )  # fmt: skip
+            self.metrics[name].watch(self.step + 1, variance)
+
+    def _in_place(self) -> bool:
+        """Whether matrices can take their step inside the backward pass: nothing else needs their gradients."""
+        once = all(hookpoint.calls == 1 for hookpoint in self.hookpoints.values())
+        return once and self.cfg.grad_acc_steps == self.micro_batches.parts == 1 and self.cfg.max_grad_norm is None
 
     def read_metrics(self) -> dict[str, float]:
         """Means since the last reading; raises :class:`NonFiniteError` where training broke down."""
@@ -126,40 +170,21 @@ class Trainer:
             values.update({f"{key}/{name}": value for key, value in coder_values.items()})
         return values
 
-    def save(self) -> None:
-        """Write every coder into the run's folder, unless the training of any of them broke down."""
-        for metrics in self.metrics.values():
-            metrics.check()
-            metrics.check_weights(self.step)
-        with self.evaluation_weights():
-            for name, coder in self.coders.items():
-                coder.notes = {**self._notes(), "hookpoint": name.partition("/")[0]}
-                coder.save_to_disk(self.folder / name)
-
     def evaluation_weights(self) -> AbstractContextManager[None]:
         """Inside the block coders have the weights to use: averaged ones, where the optimizer averages."""
         if isinstance(self.optimizer, RowOptimizer):
             return self.optimizer.evaluation_weights(self.coders.values())
         return nullcontext()
 
-    @torch.no_grad()
     def held_out_metrics(self) -> dict[str, dict[str, float]]:
         """FVU and L0 of every coder on the held-out sequences."""
-        measured = {name: HeldOutMetrics(coder.d_in, coder.device) for name, coder in self.coders.items()}
-
-        def measure(name: str, inputs: Tensor | None, output: Tensor) -> None:
-            x, y = self._tokens(name, inputs, output)
-            for coder_name, coder in self._coders_at(name) if len(y) else ():
-                measured[coder_name].add(y, coder(x, y))
-
+        self.held_out_rows.load_state_dict(self._held_out_start)
         with self.evaluation_weights():
-            for rows in self._loader(self.held_out_rows):
-                self._batch = self._prepare(rows)
-                self._run_model(self._batch, measure)
-        return {name: metrics.read() for name, metrics in measured.items()}
+            return held_out_metrics(self.coders, self._pass, Batches(self.held_out_rows, self.cfg.batch_size))
 
     def summarise(self, seconds: float) -> RunSummary:
         """The end of a run, in numbers."""
+        assert self.folder is not None
         held_out = self.held_out_metrics()
         window = min(self.cfg.dead_feature_threshold, self.tokens // 2)
         rows = (
@@ -175,76 +200,96 @@ class Trainer:
         )
         return RunSummary(folder=self.folder, coders=tuple(rows), seconds=seconds, dead_window=window)
 
-    # ---- inside the model's forward ----
+    # ---- saving and going on ----
 
-    def _train_hookpoint(self, name: str, inputs: Tensor | None, output: Tensor) -> None:
-        x, y = self._tokens(name, inputs, output)
-        if len(y) == 0:
-            return
-        variance, chunks = loss.total_variance(y), self.cfg.micro_acc_steps
-        optimizer = self.optimizer if self._in_place and isinstance(self.optimizer, RowOptimizer) else None
-        for coder_name, coder in self._coders_at(name):
-            if coder_name not in self._initialised:
-                init_biases(coder, x, y)
-                self._initialised.add(coder_name)
-            metrics = self.metrics[coder_name]
-            with metrics.stopwatch:
-                for x_part, y_part in zip(x.chunk(chunks), y.chunk(chunks), strict=True):
-                    losses = joint_step(
-                        coder, x_part, y_part, variance, self.cfg,
-                        dead=metrics.dead_ids(), share=self._share, optimizer=optimizer,
-                    )  # fmt: skip
-                    metrics.add(losses, len(y_part) / len(y))
-            metrics.watch(self.step + 1, variance)
+    def save(self) -> None:
+        """Write the training state and every coder into the run's folder, unless the training of any broke down."""
+        assert self.folder is not None
+        for metrics in self.metrics.values():
+            metrics.check()
+            metrics.check_weights(self.step)
+        write_state(self.folder, self.step, self.state_dict())
+        self._save_coders()
 
-    def _can_update_in_place(self) -> bool:
-        """Whether matrices can take their step inside the backward pass: nothing else needs their gradients."""
-        once = all(hookpoint.calls == 1 for hookpoint in self.hookpoints.values())
-        autograd = self.cfg.sae.multi_topk and self.cfg.sae.activation != "topk"
-        return self.cfg.grad_acc_steps == self.cfg.micro_acc_steps == 1 and once and not autograd
+    def _save_coders(self) -> None:
+        assert self.folder is not None
+        checkpoint = self._save_is_due() or self.step == self.total_steps
+        held_out = self.held_out_metrics() if self.cfg.save_best and checkpoint else None
+        for name, coder in self.coders.items():
+            coder.notes = self._notes(name)
+        with self.evaluation_weights():
+            save_coders(self.folder, self.coders, self.step, self.cfg, held_out, is_checkpoint=checkpoint)
 
-    def _tokens(self, name: str, inputs: Tensor | None, output: Tensor) -> tuple[Tensor, Tensor]:
-        """(x, y) as [N, D] after masking; for an autoencoder both are the module's output."""
-        positions, shape = self._batch.positions, self._batch.ids.shape
-        if positions is not None and output.shape[:-1] != shape:
-            raise HookpointError(
-                f"{name}: expected activations {list(shape)} tokens by width to leave tokens out, "
-                f"got {list(output.shape)}; train this hookpoint without --exclude-tokens and attention masks"
-            )
+    def _save_is_due(self) -> bool:
+        return self.step % self.cfg.save_every == 0
 
-        def kept(activations: Tensor) -> Tensor:
-            rows = activations.flatten(0, -2)
-            return rows if positions is None else rows.index_select(0, positions)
+    def _stop(self, signum: int) -> None:
+        self.save()
+        raise Interrupted(
+            f"stopped and saved after step {self.step} of {self.total_steps}; "
+            f"go on with: fastsae train --resume {self.folder}", signum,
+        )  # fmt: skip
 
-        y = kept(output)
-        if not self.cfg.sae.transcode:
-            return y, y
-        assert inputs is not None
-        return kept(inputs), y
+    def resume(self, folder: Path | str) -> None:
+        """Go to where the run in ``folder`` was last saved; :meth:`fit` goes on from there, bit by bit on a CPU.
 
-    def _coders_at(self, hookpoint: str) -> Iterator[tuple[str, FastSae]]:
-        return ((name, coder) for name, coder in self.coders.items() if name.partition("/")[0] == hookpoint)
+        The trainer must have been made with the run's own config, model and dataset. Raises
+        :class:`CheckpointError` where there is no whole training state, or it is another run's.
+        """
+        step, state = read_newest_state(Path(folder))
+        check_same_run(self.cfg, state)
+        self.load_state_dict(state)
+        rewind_metrics(Path(folder), step)
+        self.folder = Path(folder)
 
-    def _run_model(self, batch: ModelBatch, callback) -> None:
-        calls = {name: hookpoint.calls for name, hookpoint in self.hookpoints.items()}
-        run_hooked(self.model, batch.ids, calls, callback, batch.attention_mask)
+    def state_dict(self) -> dict[str, Any]:
+        """All that the next step depends on: plain values, and tensors."""
+        return {
+            "config": self.cfg.to_dict(),
+            "step": self.step,
+            "tokens": self.tokens,
+            "seconds": time.perf_counter() - self._start,
+            "micro_batches": self.micro_batches.parts,
+            "initialised": sorted(self._initialised),
+            "activation_sizes": self._activation_sizes,
+            "data": self._cursor(),
+            **state_of(self.coders, self.metrics, self.optimizer, self.schedule),
+        }
 
-    # ---- data ----
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go where :meth:`state_dict` was taken; raises :class:`CheckpointError` where other coders or data were."""
+        self._batches.rows.load_state_dict(state["data"])
+        self._cursor = self._batches.rows.snapshot()
+        threshold = self.cfg.dead_feature_threshold
+        load_into(self.coders, self.metrics, self.optimizer, self.schedule, state, threshold)
+        self.step, self.tokens, self._seconds = state["step"], state["tokens"], state["seconds"]
+        self.micro_batches = MicroBatches(max(state["micro_batches"], self.cfg.micro_acc_steps))
+        self._initialised, self._activation_sizes = set(state["initialised"]), state["activation_sizes"]
 
-    def _steps(self) -> Iterator[list[dict[str, Tensor]]]:
-        batches = prefetched(self._loader(self.train_rows))
-        while group := list(islice(batches, self.cfg.grad_acc_steps)):
-            yield group
+    def _steps(self) -> Iterator[tuple[list[dict[str, Tensor]], Callable[[], dict[str, Any]]]]:
+        """Batches of each step, read ahead by a thread, with the cursor after exactly these."""
 
-    def _loader(self, rows: Dataset) -> DataLoader:
-        pin = self.model.device.type == "cuda"
-        return DataLoader(rows, batch_size=self.cfg.batch_size, collate_fn=collate, pin_memory=pin)
+        def read() -> Iterator[tuple[list[dict[str, Tensor]], Callable[[], dict[str, Any]]]]:
+            batches = iter(self._batches)
+            while group := list(islice(batches, self.cfg.grad_acc_steps)):
+                yield group, self._batches.rows.snapshot()
 
-    def _prepare(self, rows: dict[str, Tensor]) -> ModelBatch:
-        return prepare(rows, torch.tensor(self.cfg.exclude_tokens), self._vocabulary, self.model.device)
+        return prefetched(read())
+
+    def _log(self, tracker: Tracker, bar: TrainProgress) -> None:
+        values = self.read_metrics()
+        values["tokens_per_second"] = self.tokens / (time.perf_counter() - self._start)
+        tracker.log(self.step, values)
+        bar.show(values["tokens_per_second"], values["fvu"])
 
     def _model_name(self) -> str:
         return str(self.origin.get("model") or self.model.name_or_path or type(self.model).__name__)
 
-    def _notes(self) -> dict[str, Any]:
-        return {"version": __version__, "model": self._model_name(), "step": self.step, "tokens": self.tokens}
+    def _notes(self, name: str) -> dict[str, Any]:
+        hookpoint = name.partition("/")[0]
+        return {
+            "version": __version__, "model": self._model_name(), "step": self.step, "tokens": self.tokens,
+            "hookpoint": hookpoint, "width": self.hookpoints[hookpoint].d_out,
+            **({"revision": self.origin["revision"]} if self.origin.get("revision") else {}),
+            **self._activation_sizes.get(hookpoint, {}),
+        }  # fmt: skip

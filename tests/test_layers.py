@@ -19,15 +19,16 @@ FLOORS = {
         "testing",
     ],
     "fastsae": [
-        "errors version demo token_text",
+        "errors interrupt version demo token_text",
         "fields finetune hub integrity memmap origin rows",
-        "config run_config stream",
+        "config run_config stream training_state",
         "tokens options",
-        "ops loss checkpoint overrides run_file run_folder tracking progress sources batches",
+        "ops loss checkpoint overrides resume run_file run_folder tracking progress sources batches",
         "sae hooks data model retention",
-        "coders row_optimizer compat",
+        "activations coders row_optimizer compat saving",
         "joint optim",
         "metrics saved",
+        "micro_batches trainer_state",
         "trainer eval encode",
         "report",
         "run bench compat.sparsify",
@@ -81,7 +82,7 @@ KERNELS_MAY_IMPORT = {
 MAY_IMPORT_KERNELS = {"ops.py", "row_optimizer.py", "bench/cases.py"}
 MAY_IMPORT_HUGGING_FACE = {
     *("hooks.py", "model.py", "trainer.py", "coders.py", "cli.py", "demo/build.py"),
-    *("data.py", "sources.py", "stream.py", "tokens.py", "eval/evaluate.py", "eval/tokens.py"),
+    *("activations.py", "data.py", "sources.py", "stream.py", "tokens.py", "eval/evaluate.py", "eval/tokens.py"),
     *("compat/sparsify/data.py", "compat/sparsify/trainer.py"),
 }
 PEERS = {

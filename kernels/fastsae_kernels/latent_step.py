@@ -141,6 +141,7 @@ def _fused(batch: Batch, coder: Coder, aux: AuxGrads | None, sink: RowStep) -> t
         rows = torch.full((L,), -1, dtype=torch.int32, device=x.device)
         rows[aux.dead] = torch.arange(len(aux.dead), dtype=torch.int32, device=x.device)
         aux_rows = (rows, aux.dW_dec, aux.dW_enc, aux.db_enc)
+    sink.begun = True
     _latent_step_kernel[(blocks,)](
         index.pairs, index.offsets, index.chunk_offsets, index.split,
         batch.top_acts.contiguous(), residual, batch.scale, x, *partials, *aux_rows,

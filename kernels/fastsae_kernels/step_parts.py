@@ -67,8 +67,10 @@ class GradSink:
 
     dW_enc: Tensor  # [L, D]
     dW_dec: Tensor  # [L, E]
+    begun: bool = False  # rows were taken: what failed since then cannot be tried again
 
     def rows(self, begin: int, end: int, dW_enc: Tensor, dW_dec: Tensor) -> None:
+        self.begun = True
         self.dW_enc[begin:end] += dW_enc
         self.dW_dec[begin:end] += dW_dec
 
@@ -91,8 +93,10 @@ class RowStep:
     step: int
     encoder: Rows
     decoder: Rows
+    begun: bool = False  # as in GradSink
 
     def rows(self, begin: int, end: int, dW_enc: Tensor, dW_dec: Tensor) -> None:
+        self.begun = True
         for matrix, grad in ((self.encoder, dW_enc), (self.decoder, dW_dec)):
             update_rows(
                 self.rule, matrix.weight[begin:end], grad,

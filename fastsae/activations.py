@@ -1,0 +1,108 @@
+"""One pass of the model over a batch: every hookpoint's activations as rows of tokens that count.
+
+Shapes: B sequences, S tokens each, N tokens that count, D width in, E width out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from .batches import ModelBatch, prepare
+from .errors import ArtifactError, FastsaeError, HookpointError, OutOfMemoryError, is_out_of_memory
+from .hooks import Hookpoint, run_hooked
+
+Use = Callable[[str, Tensor, Tensor], None]
+"""Called as ``use(hookpoint, x [N, D], y [N, E])``, once per module call; for an autoencoder both are y."""
+
+
+class ModelPass:
+    """Runs ``model`` and hands over what is at its ``hookpoints``; ``transcode``: also what comes into them."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        hookpoints: dict[str, Hookpoint],
+        *,
+        transcode: bool = False,
+        exclude_tokens: Sequence[int] = (),
+    ):
+        self.model, self.hookpoints, self._transcode = model, hookpoints, transcode
+        self._excluded = torch.tensor(exclude_tokens)
+        self._vocabulary = cast(nn.Embedding, model.get_input_embeddings()).num_embeddings
+
+    def run(self, rows: dict[str, Tensor], use: Use, *, at: str) -> int:
+        """Run on ``rows`` (``input_ids [B, S]``, on the CPU); returns N.
+
+        What goes wrong names the hookpoint, and where in the run: ``at`` is such as ``step 7``.
+        """
+        batch = prepare(rows, self._excluded, self._vocabulary, self.model.device)
+        calls = {name: hookpoint.calls for name, hookpoint in self.hookpoints.items()}
+        silent = set(calls)
+        using: list[str] = []
+
+        def callback(name: str, inputs: Tensor | None, output: Tensor) -> None:
+            using.append(name)
+            silent.discard(name)
+            x, y = self._tokens(name, batch, inputs, output, at)
+            if len(y):
+                use(name, x, y)
+            using.pop()
+
+        try:
+            run_hooked(self.model, batch.ids, calls, callback, batch.attention_mask)
+        except FastsaeError:
+            raise
+        except Exception as error:
+            if using:  # not the model's
+                raise
+            raise _model_error(error, batch.ids, at) from error
+        if silent:
+            raise HookpointError(f"{min(silent)}, {at}: expected a float tensor from the model's forward, got none")
+        return batch.tokens
+
+    def _tokens(
+        self, name: str, batch: ModelBatch, inputs: Tensor | None, output: Tensor, at: str
+    ) -> tuple[Tensor, Tensor]:
+        """(x, y) after masking."""
+        positions, shape = batch.positions, batch.ids.shape
+        if positions is not None and output.shape[:-1] != shape:
+            raise HookpointError(
+                f"{name}: expected activations {list(shape)} tokens by width to leave tokens out, "
+                f"got {list(output.shape)}; train this hookpoint without --exclude-tokens and attention masks"
+            )
+        self._check_width(name, output, self.hookpoints[name].d_out, at)
+
+        def kept(activations: Tensor) -> Tensor:
+            rows = activations.flatten(0, -2)
+            return rows if positions is None else rows.index_select(0, positions)
+
+        y = kept(output)
+        if not self._transcode:
+            return y, y
+        if inputs is None:
+            raise HookpointError(f"{name}, {at}: expected a float tensor as the module's input, got none")
+        self._check_width(name, inputs, self.hookpoints[name].d_in, at)
+        return kept(inputs), y
+
+    @staticmethod
+    def _check_width(name: str, activations: Tensor, width: int | None, at: str) -> None:
+        if activations.shape[-1] != width:
+            raise HookpointError(f"{name}, {at}: expected activations of width {width}, got {list(activations.shape)}")
+
+
+def _model_error(error: Exception, ids: Tensor, at: str) -> FastsaeError:
+    shape = " x ".join(map(str, ids.shape))
+    if is_out_of_memory(error):
+        return OutOfMemoryError(
+            f"{at}: out of memory in the model's forward on {shape} tokens; lower --batch-size or --ctx-len, "
+            "with --grad-acc-steps raised for as many tokens in a step"
+        )
+    reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return ArtifactError(
+        f"model, {at}: expected its forward to run on {shape} token ids, got {type(error).__name__}: {reason}"
+    )

@@ -1,0 +1,80 @@
+"""Training a coder on a batch in parts, more of them where memory runs out.
+
+Shapes: N tokens, D width in, E width out.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+
+import torch
+from torch import Tensor
+
+from .config import TrainConfig
+from .errors import OutOfMemoryError, is_out_of_memory
+from .joint import joint_step
+from .metrics import TrainingMetrics
+from .row_optimizer import RowOptimizer
+from .sae import FastSae
+
+logger = logging.getLogger("fastsae")
+
+
+class MicroBatches:
+    """How many ``parts`` a batch's activations are trained in, each of its own forward and backward.
+
+    Losses are sums over tokens and the variance is the whole batch's, so any number of parts gives the same numbers,
+    to rounding. Where memory runs out, the part that did not fit is halved, and the number of parts is doubled for
+    what follows. The matrices' update inside the backward pass is for whole batches only: the first row it changes
+    rules a second try out, and :func:`joint_step` says so; until then, nothing was changed.
+    """
+
+    def __init__(self, parts: int):
+        self.parts = parts
+
+    def train(
+        self,
+        coder: FastSae,
+        x: Tensor,  # [N, D]
+        y: Tensor,  # [N, E]
+        metrics: TrainingMetrics,
+        cfg: TrainConfig,
+        *,
+        variance: Tensor,  # []
+        share: float,
+        optimizer: RowOptimizer | None,
+        k: int,
+    ) -> None:
+        """Gradients and metrics of a batch; with an ``optimizer`` the matrices' step, if memory lasts for it."""
+        todo = deque(zip(x.chunk(self.parts), y.chunk(self.parts), strict=True))
+        while todo:
+            x_part, y_part = todo.popleft()
+            try:
+                losses = joint_step(
+                    coder, x_part, y_part, variance, cfg, dead=metrics.dead_ids(), share=share, optimizer=optimizer, k=k
+                )
+            except RuntimeError as error:
+                if not is_out_of_memory(error):
+                    raise
+                losses = None  # what the error holds on to is freed at the end of this block
+            if losses is None:
+                self._halve(metrics.name, len(y_part))
+                todo.extendleft(reversed(list(zip(x_part.chunk(2), y_part.chunk(2), strict=True))))
+                optimizer = None
+            else:
+                metrics.add(losses, len(y_part) / len(y))
+
+    def _halve(self, name: str, tokens: int) -> None:
+        if tokens == 1:
+            raise OutOfMemoryError(
+                f"{name}: out of memory with one token at a time; lower --expansion-factor or --num-latents, "
+                "train fewer hookpoints at once, or choose --optimizer adam8bit"
+            )
+        self.parts *= 2
+        logger.warning(
+            "%s: out of memory on %d tokens; from here on activations are trained in %d parts (--micro-acc-steps %d), "
+            "which changes no number beyond rounding", name, tokens, self.parts, self.parts,
+        )  # fmt: skip
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()

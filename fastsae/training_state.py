@@ -1,0 +1,162 @@
+"""A run's training state on disk: all that the next step depends on, whole or not at all, without pickle.
+
+    RUN/state/step-N/state.json             numbers, texts, lists, dicts; and the hashes of both files' content
+    RUN/state/step-N/tensors.safetensors    every tensor in it, byte for byte
+
+A folder of that name is complete: it is filled beside, brought to the disk, and renamed. The last two are kept,
+so that there is one to go on from when the newest turns out damaged.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from .errors import ArtifactError, CheckpointError
+from .integrity import sha256
+
+logger = logging.getLogger("fastsae")
+
+STATE = "state"
+KEPT = 2
+FORMAT = 1
+STATE_FILE, TENSORS_FILE = "state.json", "tensors.safetensors"
+_TENSOR = "__tensor__"
+
+
+def write_state(run: Path, step: int, state: dict[str, Any]) -> None:
+    """Save ``state`` (plain values and tensors, with text keys) as the one after ``step``; older ones go.
+
+    Raises :class:`ArtifactError` where it cannot be written (a full disk); what was saved before is left alone.
+    """
+    place = run / STATE / f"step-{step}"
+    beside = place.with_name(f"{place.name}.part")
+    try:
+        shutil.rmtree(beside, ignore_errors=True)
+        beside.mkdir(parents=True)
+        _write_files(beside, state)
+        if place.exists():
+            shutil.rmtree(place)
+        beside.rename(place)
+        _to_disk(place.parent)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(beside, ignore_errors=True)
+        raise ArtifactError(
+            f"output: could not write {place}: {str(error).strip().splitlines()[0]}; what was saved before is still "
+            f"there. Free some space, then: fastsae train --resume {run}"
+        ) from None
+    kept = {folder for _, folder in _saved(run)[-KEPT:]} | {place}
+    for folder in place.parent.iterdir():
+        if folder not in kept:
+            shutil.rmtree(folder)
+
+
+def read_newest_state(run: Path) -> tuple[int, dict[str, Any]]:
+    """(step, state) of the newest state that is whole; damaged ones are named in a warning.
+
+    Raises :class:`CheckpointError` where there is none.
+    """
+    refused = []
+    for step, folder in reversed(_saved(run)):
+        try:
+            state = _read_files(folder)
+        except (CheckpointError, OSError) as error:
+            refused.append(folder)
+            logger.warning("not used: %s", error)
+            continue
+        if refused:
+            logger.warning("going on from step %d, the newest that is whole", step)
+        for damaged in refused:
+            shutil.rmtree(damaged)
+        return step, state
+    if refused:
+        raise CheckpointError(
+            f"resume: expected a training state that is whole in {run / STATE}, got damaged ones only"
+        )
+    raise CheckpointError(
+        f"resume: expected a training state in {run / STATE}, found none: the run is finished, or ended before its "
+        "first --save-every; finished coders can be trained on with --finetune"
+    )
+
+
+def has_state(run: Path) -> bool:
+    """Whether there is something to go on from."""
+    return bool(_saved(run))
+
+
+def drop_states(run: Path) -> None:
+    """Delete the training states of a run that is finished."""
+    shutil.rmtree(run / STATE, ignore_errors=True)
+
+
+def _saved(run: Path) -> list[tuple[int, Path]]:
+    folders = [folder for folder in (run / STATE).glob("step-*") if folder.name[5:].isdecimal()]
+    return sorted((int(folder.name[5:]), folder) for folder in folders)
+
+
+def _write_files(folder: Path, state: dict[str, Any]) -> None:
+    tensors: dict[str, Tensor] = {}
+    plain = _take_tensors(state, "", tensors)
+    save_file(tensors, folder / TENSORS_FILE)
+    record = {"format": FORMAT, "state_sha256": _hash(plain), "tensors_sha256": sha256(folder / TENSORS_FILE)}
+    (folder / STATE_FILE).write_text(json.dumps({**record, "state": plain}), encoding="utf-8")
+    for path in (folder / TENSORS_FILE, folder / STATE_FILE, folder):
+        _to_disk(path)
+
+
+def _read_files(folder: Path) -> dict[str, Any]:
+    try:
+        record = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
+        whole = _hash(record["state"]) == record["state_sha256"]
+        whole = whole and sha256(folder / TENSORS_FILE) == record["tensors_sha256"]
+    except (ValueError, KeyError, TypeError, OSError) as error:
+        raise CheckpointError(f"{folder}: expected a training state, got unreadable files ({error})") from None
+    if not whole:
+        raise CheckpointError(f"{folder}: expected the files that were saved, got others: their hashes differ")
+    if record["format"] != FORMAT:
+        raise CheckpointError(f"{folder}: expected a training state of format {FORMAT}, got {record['format']!r}")
+    return _put_tensors(record["state"], load_file(folder / TENSORS_FILE))
+
+
+def _take_tensors(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
+    """``value`` with every tensor replaced by a name, under which it is put into ``tensors``."""
+    if isinstance(value, Tensor):
+        tensors[path] = value.detach().cpu().contiguous()
+        return {_TENSOR: path}
+    if isinstance(value, dict):
+        if wrong := [key for key in value if not isinstance(key, str)]:
+            raise TypeError(f"{path}: expected text keys, got {wrong[0]!r}")
+        return {key: _take_tensors(item, f"{path}/{key}", tensors) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_take_tensors(item, f"{path}/{i}", tensors) for i, item in enumerate(value)]
+    return value
+
+
+def _put_tensors(value: Any, tensors: dict[str, Tensor]) -> Any:
+    if isinstance(value, dict):
+        if value.keys() == {_TENSOR}:
+            return tensors[value[_TENSOR]]
+        return {key: _put_tensors(item, tensors) for key, item in value.items()}
+    return [_put_tensors(item, tensors) for item in value] if isinstance(value, list) else value
+
+
+def _hash(plain: Any) -> str:
+    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
+
+
+def _to_disk(path: Path) -> None:
+    """Files are in their folder, and their bytes on the disk, before a rename makes them count."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
