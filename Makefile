@@ -1,5 +1,5 @@
 # An index of one-liners. `make` lists them.
-.PHONY: help install test compile lint types bench gpu demo-model ci
+.PHONY: help install test compile lint types bench gpu demo-model stage ci
 
 help:         ## this list
 	@grep -E '^[a-z-]+: .*##' Makefile | sed 's/: *##/\t/' | expand -t 14
@@ -30,6 +30,9 @@ gpu:          ## tests compiled, then the benchmark: make gpu OUT=folder [BENCH=
 
 demo-model:   ## train the embedded model anew
 	python -m fastsae.demo.build
+
+stage:        ## the kernels as a Hugging Face kernel repository: make stage OUT=folder
+	python kernels/stage.py $(or $(OUT),$(error expected a folder for the repository, got none; make stage OUT=folder))
 
 ci:           ## what CI runs, from fresh virtual environments
 	.ci/run
