@@ -250,9 +250,10 @@ def latent_grad_config(D: int, itemsize: int) -> LatentGradConfig:
     return LatentGradConfig(BLOCK_P, 4096, num_warps=8)
 
 
-def update_warps(BLOCK_D: int) -> int:
+def update_warps(BLOCK_D: int, family: str) -> int:
     """Warps of an optimizer's kernel that holds a row of BLOCK_D columns, its gradient and its moments."""
-    return max(1, min(16, BLOCK_D // 256))
+    warps = max(1, min(16, BLOCK_D // 256))
+    return max(1, warps // 2) if family == "gfx942" else warps  # of 64 threads there
 
 
 @dataclass(frozen=True)
@@ -271,8 +272,9 @@ class LatentStepConfig:
     num_warps: int
 
 
-def latent_step_config(D: int, itemsize: int) -> LatentStepConfig:
-    """As the backward alone, which needs the same rows; its moments come when the pairs' tiles are gone."""
-    grad = latent_grad_config(min(D, 8192), itemsize)
+def latent_step_config(D: int, family: str) -> LatentStepConfig:
+    """Few registers a thread, so that two rows or more share a multiprocessor; pairs of wide rows come one by one."""
     BLOCK_D = max(16, triton.next_power_of_2(D))
-    return LatentStepConfig(16, grad.BLOCK_P, BLOCK_D, max(grad.num_warps, update_warps(BLOCK_D)))
+    if BLOCK_D <= 1024:
+        return LatentStepConfig(16, max(1, 1024 // BLOCK_D), BLOCK_D, num_warps=update_warps(BLOCK_D, family))
+    return LatentStepConfig(16, 1, BLOCK_D, num_warps=BLOCK_D // (1024 if family == "gfx942" else 512))

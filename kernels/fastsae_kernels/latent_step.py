@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .auxk import AuxGrads
-from .configs import latent_step_config
+from .configs import gpu_family, latent_step_config
 from .decode import decode_residual as _decode_residual
 from .encode import encode
 from .latent_grad import LatentGrads, add_chunks, add_pairs, chunk_partials, coder_backward, latent_grad
@@ -44,7 +44,6 @@ def _latent_step_kernel(
     offs_d = tl.arange(0, BLOCK_D)
     mask_d = offs_d < D
     scale = tl.load(scale_ptr)
-    through = tl.zeros((BLOCK_D,), dtype=tl.float32)
     latent = block * LATENTS
     last = tl.minimum(latent + LATENTS, L)
     while latent < last:
@@ -81,8 +80,11 @@ def _latent_step_kernel(
         )  # fmt: skip
         tl.store(W_dec_ptr + offs, W_dec, mask=mask_d, eviction_policy="evict_first")
         W_enc = tl.load(W_enc_ptr + offs, mask=mask_d, other=0.0, eviction_policy="evict_first")
-        if through_ptr is not None:
-            through += db_enc * W_enc
+        if through_ptr is not None:  # summed in L2: registers are scarce here
+            through = db_enc * W_enc
+            if latent > block * LATENTS:
+                through += tl.load(through_ptr + block * D + offs_d, mask=mask_d, other=0.0)
+            tl.store(through_ptr + block * D + offs_d, through, mask=mask_d)
         W_enc = update_row(
             W_enc, dW_enc, latent, offs_d, mask_d,
             enc_first_ptr, enc_second_ptr, enc_first_scale_ptr, enc_second_scale_ptr, enc_low_ptr,
@@ -90,8 +92,6 @@ def _latent_step_kernel(
         )  # fmt: skip
         tl.store(W_enc_ptr + offs, W_enc, mask=mask_d, eviction_policy="evict_first")
         latent += 1
-    if through_ptr is not None:
-        tl.store(through_ptr + block * D + offs_d, through, mask=mask_d)
 
 
 def decode_residual(
@@ -128,7 +128,7 @@ def _one_kernel(step: RowStep) -> bool:
 
 def _fused(batch: Batch, coder: Coder, aux: AuxGrads | None, sink: RowStep) -> tuple[Tensor, Tensor]:
     (N, K), (L, D) = batch.top_acts.shape, coder.weight.shape
-    config = latent_step_config(D, max(batch.residual.element_size(), batch.x.element_size()))
+    config = latent_step_config(D, gpu_family(batch.x.device))
     blocks = triton.cdiv(L, config.LATENTS)
     index, residual, x = batch.index, batch.residual.contiguous(), batch.x.contiguous()
     partials = chunk_partials(

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .configs import update_warps
+from .configs import gpu_family, update_warps
 from .rules import QUANT_BLOCK, Adam, Rule, Signum
 from .step_parts import Rows
 
@@ -131,10 +131,11 @@ def update(rule: Rule, matrix: Rows, grad: Tensor, *, lr: float, step: int) -> N
     """Step number ``step`` (from 1) of ``matrix`` [L, D] by ``grad`` [L, D]; ``grad`` is read only."""
     L, D = matrix.weight.shape
     BLOCK_D = max(16, triton.next_power_of_2(D))
+    warps = update_warps(BLOCK_D, gpu_family(grad.device))
     with torch.cuda.device_of(matrix.weight):
         _row_update_kernel[(L,)](
             matrix.weight, grad.contiguous(), *state_pointers(matrix), *scalars(rule, lr, step),
-            D=D, RULE=CODES[rule.name], UNIT_ROWS=matrix.unit_rows, BLOCK_D=BLOCK_D, num_warps=update_warps(BLOCK_D),
+            D=D, RULE=CODES[rule.name], UNIT_ROWS=matrix.unit_rows, BLOCK_D=BLOCK_D, num_warps=warps,
         )  # fmt: skip
 
 
