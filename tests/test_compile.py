@@ -40,6 +40,8 @@ MAX_REGISTERS = {
         "decode": 208,
         "act_grad": 80,
         "latent_grad": 128,
+        "row_update": 112,
+        "latent_step": 208,
     },
     "3.6": {
         "encode": 256,
@@ -50,6 +52,8 @@ MAX_REGISTERS = {
         "decode": 208,
         "act_grad": 80,
         "latent_grad": 128,
+        "row_update": 112,
+        "latent_step": 208,
     },
 }
 """Per thread, by Triton and beginning of a case's name; the largest over targets and cases."""
@@ -132,6 +136,6 @@ def test_tiles_are_copied_asynchronously_and_reduced_in_registers(reports, targe
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_rows_are_read_in_words_of_128_bits(reports, target):
-    for kernel in ("resolve", "select", "decode", "act_grad", "latent_grad"):
+    for kernel in ("resolve", "select", "decode", "act_grad", "latent_grad", "row_update", "latent_step"):
         for case, report in of(reports, target, kernel).items():
             assert report["loads_128"] > 0, case

@@ -275,6 +275,7 @@ class LatentStepConfig:
 def latent_step_config(D: int, family: str) -> LatentStepConfig:
     """Few registers a thread, so that two rows or more share a multiprocessor; pairs of wide rows come one by one."""
     BLOCK_D = max(16, triton.next_power_of_2(D))
-    if BLOCK_D <= 1024:
-        return LatentStepConfig(16, max(1, 1024 // BLOCK_D), BLOCK_D, num_warps=update_warps(BLOCK_D, family))
-    return LatentStepConfig(16, 1, BLOCK_D, num_warps=BLOCK_D // (1024 if family == "gfx942" else 512))
+    warps = BLOCK_D // (512 if BLOCK_D > 1024 else 128)
+    if family == "gfx942":
+        warps //= 2
+    return LatentStepConfig(16, max(1, 1024 // BLOCK_D), BLOCK_D, num_warps=max(1, warps))
