@@ -14,8 +14,8 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from fastsae_kernels.rules import Adam, Adam8bit, Rule, Signum
-from fastsae_kernels.step_parts import Rows, RowStep
+from fastsae_kernels.rules import Adam, Adam8bit, Rows, Rule, Signum
+from fastsae_kernels.step_parts import RowStep
 from fastsae_kernels.update import update_matrix
 from torch import Tensor
 from torch.optim import Optimizer

@@ -10,7 +10,7 @@ FLOORS = {
     "fastsae_kernels": [
         "keys configs tuning reference cpu_select cpu_sampled gemm_tile by_latent rules auxk",
         "encoder_choice groupmax decode cpu_screen step_parts",
-        "select act_grad cpu reference_step",
+        "select act_grad cpu reference_step dense_step",
         "resolve latent_grad cpu_step row_update",
         "encode",
         "launch latent_step update",

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 from fastsae_kernels import row_update
-from fastsae_kernels.rules import Adam, Adam8bit, Signum, update_rows
+from fastsae_kernels.rules import Adam, Adam8bit, Rows, Signum, update_rows
 from fastsae_kernels.step import coder_step
-from fastsae_kernels.step_parts import GradSink, Rows, RowStep
+from fastsae_kernels.step_parts import GradSink, RowStep
 from test_step import make_case, to
 
 RULES = [Adam(), Adam8bit(), Signum()]
@@ -21,9 +21,7 @@ def make_rows(L: int, D: int, rule, device: str, *, unit_rows: bool, low: bool, 
         weight = torch.nn.functional.normalize(weight, dim=1)
     state = rule.new_state(weight)
     for step in (1, 2):
-        update_rows(
-            rule, weight, torch.randn(L, D, generator=gen), state, lr=0.01, step=step, unit_rows=unit_rows
-        )  # fmt: skip
+        update_rows(rule, Rows(weight, state, unit_rows), torch.randn(L, D, generator=gen), lr=0.01, step=step)
     state = {name: tensor.to(device) for name, tensor in state.items()}
     weight = weight.to(device)
     return Rows(weight, state, unit_rows, weight.bfloat16() if low else None)
@@ -55,7 +53,7 @@ def test_separate_pass_is_the_plain_update(rule, L, D, unit_rows, device):
     rows = make_rows(L, D, rule, device, unit_rows=unit_rows, low=True)
     want, grad = copy(rows), torch.randn(L, D, generator=torch.Generator().manual_seed(1)).to(device)
     grad[0] = 0.0
-    update_rows(rule, want.weight, grad.clone(), want.state, lr=0.01, step=3, unit_rows=unit_rows)
+    update_rows(rule, want._replace(low=None), grad.clone(), lr=0.01, step=3)
     row_update.update(rule, rows, grad, lr=0.01, step=3)
     assert_same(rows, want)
 
@@ -75,7 +73,7 @@ def test_behind_the_backward_it_takes_the_same_step(rule, variant, device):
     want = coder_step(case.x, case.y, case.coder, case.loss, dense, k=case.k)
     want_rows = copy(encoder), copy(decoder)
     for matrix, grad in zip(want_rows, (dense.dW_enc, dense.dW_dec), strict=True):
-        update_rows(rule, matrix.weight, grad, matrix.state, lr=0.01, step=3, unit_rows=matrix.unit_rows)
+        update_rows(rule, matrix, grad, lr=0.01, step=3)
     got = coder_step(case.x, case.y, case.coder, case.loss, RowStep(rule, 0.01, 3, encoder, decoder), k=case.k)
     for name in ("fvu", "auxk", "multi_fvu", "top_acts", "d_bias", "d_b_dec"):
         torch.testing.assert_close(getattr(got, name), getattr(want, name), rtol=1e-5, atol=1e-6)
@@ -98,7 +96,7 @@ def test_hot_latents_and_partial_blocks_of_latents(device, monkeypatch):
     coder_step(case.x, case.y, case.coder, case.loss, dense, k=case.k)
     assert 33 * 7 / 21 > 2 * 4  # a latent has several chunks on average
     for matrix, grad in zip(want, (dense.dW_enc, dense.dW_dec), strict=True):
-        update_rows(rule, matrix.weight, grad, matrix.state, lr=0.01, step=1, unit_rows=matrix.unit_rows)
+        update_rows(rule, matrix, grad, lr=0.01, step=1)
     coder_step(case.x, case.y, case.coder, case.loss, RowStep(rule, 0.01, 1, encoder, decoder), k=case.k)
     assert_same(encoder, want[0])
     assert_same(decoder, want[1])

@@ -7,6 +7,7 @@ import torch
 from fastsae_kernels.rules import (
     Adam,
     Adam8bit,
+    Rows,
     Signum,
     decode_mean,
     decode_square,
@@ -27,7 +28,7 @@ def run(rule, weight, grads, **options):
     weight = weight.clone()
     state = rule.new_state(weight)
     for step, grad in enumerate(grads, 1):
-        update_rows(rule, weight, grad.clone(), state, lr=0.01, step=step, **options)
+        update_rows(rule, Rows(weight, state, **options), grad.clone(), lr=0.01, step=step)
     return weight, state
 
 
@@ -71,10 +72,8 @@ def test_blocks_of_rows_equal_the_whole(rule):
     weight, state = start.clone(), rule.new_state(start)
     for step, grad in enumerate(grads, 1):
         for part in (slice(5, L), slice(0, 1), slice(1, 5)):
-            update_rows(
-                rule, weight[part], grad[part].clone(), {n: t[part] for n, t in state.items()},
-                lr=0.01, step=step, unit_rows=True,
-            )  # fmt: skip
+            rows = Rows(weight, state, unit_rows=True).part(part.start, part.stop)
+            update_rows(rule, rows, grad[part].clone(), lr=0.01, step=step)
     torch.testing.assert_close(weight, whole, rtol=1e-6, atol=1e-6)  # torch's vector tails round otherwise
     for name, tensor in state.items():
         torch.testing.assert_close(tensor.float(), whole_state[name].float(), rtol=1e-6, atol=1e-6)

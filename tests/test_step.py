@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from fastsae_kernels import reference
+from fastsae_kernels import dense_step, reference
 from fastsae_kernels.auxk import auxk_grads, keep_largest
 from fastsae_kernels.step import Loss, coder_step
 from fastsae_kernels.step_parts import Coder, GradSink
@@ -138,6 +138,33 @@ def test_losses_and_gradients_equal_autograd(implementation, variant, shape, dev
     for name, want in truth.items():
         if name != "indices":  # the same numbers in another order of sums
             assert_no_worse(got[name].cpu(), plain[name], want, floor=1e-6)
+
+
+@pytest.mark.parametrize("variant", ["plain", "all", "widths"])
+@pytest.mark.parametrize("implementation", ["cpu", "triton"])
+def test_dense_products_give_the_same_gradients(implementation, variant, device, monkeypatch):
+    case = to(make_case((33, 16, 64, 7), **VARIANTS[variant]), torch.float32, "cpu")
+    truth, plain = autograd(to(case, torch.float64, "cpu")), autograd(case)
+    monkeypatch.setenv("FASTSAE_BACKWARD", "dense")
+    monkeypatch.setattr("fastsae_kernels.dense_step.BLOCK_NUMBERS", 33 * 2 * 10)  # several blocks of latents
+    got = joint(to(case, torch.float32, device if implementation == "triton" else "cpu"), implementation)
+    for name, want in truth.items():
+        if name != "indices":
+            assert_no_worse(got[name].cpu(), plain[name], want, floor=1e-6)  # another order of sums
+
+
+def test_the_way_back_is_chosen_by_latents_per_active_one(monkeypatch):
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    assert not dense_step.pays(64, 32, cpu)  # measured: never there
+    assert dense_step.pays(16 * 32, 32, gpu)
+    assert not dense_step.pays(64 * 32, 32, gpu)
+    monkeypatch.setenv("FASTSAE_BACKWARD", "dense")
+    assert dense_step.pays(64 * 32, 32, cpu)
+    monkeypatch.setenv("FASTSAE_BACKWARD", "sparse")
+    assert not dense_step.pays(64, 32, cpu)
+    monkeypatch.setenv("FASTSAE_BACKWARD", "both")
+    with pytest.raises(ValueError, match="expected auto, sparse or dense, got 'both'"):
+        dense_step.pays(64, 32, cpu)
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)

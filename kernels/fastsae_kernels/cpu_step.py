@@ -9,11 +9,13 @@ megabytes that stay in cache until the block's rows are updated. No [L, D] tempo
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
+from . import dense_step
 from .auxk import AuxGrads
 from .cpu import decode, encode
 from .cpu_sampled import sampled_products
@@ -56,7 +58,12 @@ def backward(batch: Batch, coder: Coder, aux: AuxGrads | None, sink: Sink) -> tu
     """Gradient rows to ``sink``; d_bias [L] and ``W_encᵀ d_bias`` [D]."""
     grad = batch.residual.mul_(batch.scale)
     W_dec = coder.W_dec.to(grad.dtype)
-    return deliver(_row_grads(batch, grad, _act_grads(batch, grad, W_dec)), coder, aux, sink)
+    if dense_step.pays(len(W_dec), batch.top_acts.shape[1], grad.device):
+        wide = replace(batch, x=batch.x.to(grad.dtype), top_acts=batch.top_acts.to(grad.dtype))
+        blocks = dense_step.row_grads(wide, grad, dense_step.act_grads(wide, grad, W_dec))
+    else:
+        blocks = _row_grads(batch, grad, _act_grads(batch, grad, W_dec))
+    return deliver(blocks, coder, aux, sink)
 
 
 def _act_grads(batch: Batch, grad: Tensor, W_dec: Tensor) -> Tensor:

@@ -15,12 +15,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from . import dense_step
 from .auxk import AuxGrads
 from .configs import gpu_family, latent_step_config
 from .decode import decode_residual as _decode_residual
 from .encode import encode
 from .latent_grad import LatentGrads, add_chunks, add_pairs, chunk_partials, coder_backward, latent_grad
-from .row_update import CODES, fits, scalars, state_pointers, update_row
+from .row_update import CODES, fits, scalars, state_pointers, update, update_row
 from .step_parts import Batch, Coder, RowGrads, RowStep, Sink, deliver
 
 __all__ = ["backward", "decode_residual", "encode"]
@@ -113,11 +114,41 @@ def used_decoder(coder: Coder) -> Tensor:
 def backward(batch: Batch, coder: Coder, aux: AuxGrads | None, sink: Sink) -> tuple[Tensor, Tensor]:
     """Gradient rows to ``sink``; d_bias [L] and ``W_encᵀ d_bias`` [D]. A RowStep that fits runs in the kernel."""
     with torch.cuda.device_of(batch.x):
+        if dense_step.pays(len(coder.bias), batch.top_acts.shape[1], batch.x.device):
+            return _dense(batch, coder, aux, sink)
         if isinstance(sink, RowStep) and _one_kernel(sink):
             return _fused(batch, coder, aux, sink)
         grads = _grads(batch, used_decoder(coder))
         block = RowGrads(0, len(coder.bias), grads.dW_enc, grads.db_enc, grads.dW_dec)
-        return deliver([block], coder, aux, sink)
+        return deliver([block], coder, aux, _kernel_sink(sink))
+
+
+def _dense(batch: Batch, coder: Coder, aux: AuxGrads | None, sink: Sink) -> tuple[Tensor, Tensor]:
+    """By dense products in the residual's precision, summed in float32 by the matrix unit."""
+    W_dec = used_decoder(coder)
+    slopes = dense_step.act_grads(batch, batch.residual, W_dec.to(batch.residual.dtype)) * batch.scale
+    blocks = (
+        block._replace(dW_dec=block.dW_dec * batch.scale)
+        for block in dense_step.row_grads(batch, batch.residual, slopes)
+    )
+    return deliver(blocks, coder, aux, _kernel_sink(sink))
+
+
+class _RowKernel:
+    """A RowStep whose rows, once their gradients are in memory, are updated by the kernel."""
+
+    def __init__(self, step: RowStep):
+        self.step = step
+
+    def rows(self, begin: int, end: int, dW_enc: Tensor, dW_dec: Tensor) -> None:
+        for matrix, grad in ((self.step.encoder, dW_enc), (self.step.decoder, dW_dec)):
+            update(self.step.rule, matrix.part(begin, end), grad, lr=self.step.lr, step=self.step.step)
+
+
+def _kernel_sink(sink: Sink) -> Sink:
+    if isinstance(sink, RowStep) and fits(sink.rule, sink.encoder) and fits(sink.rule, sink.decoder):
+        return _RowKernel(sink)
+    return sink
 
 
 def _one_kernel(step: RowStep) -> bool:

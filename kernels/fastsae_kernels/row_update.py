@@ -18,8 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .configs import gpu_family, update_warps
-from .rules import QUANT_BLOCK, Adam, Rule, Signum
-from .step_parts import Rows
+from .rules import QUANT_BLOCK, Adam, Rows, Rule, Signum
 
 MAX_WIDTH = 8192
 """Wider rows do not fit into registers: :mod:`.update` takes them block by block in plain torch."""

@@ -11,7 +11,7 @@ also those whose gradient is 0, as dense optimizers do.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -136,25 +136,34 @@ class Signum:
         return torch.lerp(weight, z, 1 - 1 / self.momentum)
 
 
-def update_rows(
-    rule: Rule,
-    weight: Tensor,  # [R, D], or [R]
-    grad: Tensor,  # like weight; overwritten where unit_rows
-    state: State,
-    *,
-    lr: float,
-    step: int,
-    unit_rows: bool = False,
-    low: Tensor | None = None,  # [R, D], written: the new rows in a narrower dtype
-) -> None:
-    """One step of some rows: projection, the rule, norm 1, narrow copy."""
-    if unit_rows:
+class Rows(NamedTuple):
+    """A matrix that an optimizer updates row by row."""
+
+    weight: Tensor  # [L, D]
+    state: State
+    unit_rows: bool = False
+    low: Tensor | None = None  # [L, D]: a copy in a narrower dtype, kept up to date
+
+    def part(self, begin: int, end: int) -> Rows:
+        """The rows ``begin ... end - 1``: views."""
+        state = {name: tensor[begin:end] for name, tensor in self.state.items()}
+        low = None if self.low is None else self.low[begin:end]
+        return Rows(self.weight[begin:end], state, self.unit_rows, low)
+
+
+def update_rows(rule: Rule, matrix: Rows, grad: Tensor, *, lr: float, step: int) -> None:
+    """One step of ``matrix`` [R, D] or [R] by ``grad``: projection, the rule, norm 1, narrow copy.
+
+    ``grad`` is overwritten where rows are kept at norm 1.
+    """
+    weight = matrix.weight
+    if matrix.unit_rows:
         grad.addcmul_((grad * weight).sum(1, keepdim=True), weight, value=-1)
-    rule.update_(weight, grad, state, lr=lr, step=step)
-    if unit_rows:
+    rule.update_(weight, grad, matrix.state, lr=lr, step=step)
+    if matrix.unit_rows:
         weight.div_(weight.norm(dim=1, keepdim=True).clamp_min_(torch.finfo(weight.dtype).tiny))
-    if low is not None:
-        low.copy_(weight)
+    if matrix.low is not None:
+        matrix.low.copy_(weight)
 
 
 # ---- 8-bit states: codes [R, D] and scales [R, Q] -------------------------------------------------------

@@ -20,7 +20,8 @@ from torch import Tensor
 from . import reference
 from .auxk import AuxGrads, auxk_grads
 from .by_latent import by_latent
-from .step_parts import Batch, Coder, GradSink, Rows, RowStep, Sink
+from .rules import Rows
+from .step_parts import Batch, Coder, GradSink, RowStep, Sink
 
 __all__ = ["Coder", "GradSink", "Loss", "RowStep", "Rows", "Sink", "StepOutput", "coder_step"]
 

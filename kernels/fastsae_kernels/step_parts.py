@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .auxk import AuxGrads
 from .by_latent import LatentIndex
-from .rules import Rule, State, update_rows
+from .rules import Rows, Rule, update_rows
 
 
 class Coder(NamedTuple):
@@ -75,15 +75,6 @@ class GradSink:
         self.dW_dec[begin:end] += dW_dec
 
 
-class Rows(NamedTuple):
-    """A matrix that an optimizer updates row by row."""
-
-    weight: Tensor  # [L, D]
-    state: State
-    unit_rows: bool = False
-    low: Tensor | None = None  # [L, D]: a copy in a narrower dtype, kept up to date
-
-
 @dataclass
 class RowStep:
     """An optimizer's step number ``step`` (from 1) of the encoder's and the decoder's rows."""
@@ -98,12 +89,7 @@ class RowStep:
     def rows(self, begin: int, end: int, dW_enc: Tensor, dW_dec: Tensor) -> None:
         self.begun = True
         for matrix, grad in ((self.encoder, dW_enc), (self.decoder, dW_dec)):
-            update_rows(
-                self.rule, matrix.weight[begin:end], grad,
-                {name: tensor[begin:end] for name, tensor in matrix.state.items()},
-                lr=self.lr, step=self.step, unit_rows=matrix.unit_rows,
-                low=None if matrix.low is None else matrix.low[begin:end],
-            )  # fmt: skip
+            update_rows(self.rule, matrix.part(begin, end), grad, lr=self.lr, step=self.step)
 
 
 def deliver(blocks: Iterable[RowGrads], coder: Coder, aux: AuxGrads | None, sink: Sink) -> tuple[Tensor, Tensor]:

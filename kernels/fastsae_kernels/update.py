@@ -7,8 +7,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from .rules import Rule, update_rows
-from .step_parts import Rows
+from .rules import Rows, Rule, update_rows
 
 BLOCK_BYTES = 6 * 2**20
 """Rows updated at a time on a CPU: projection, moments, norms and copy while they are in cache."""
@@ -28,8 +27,4 @@ def update_matrix(rule: Rule, matrix: Rows, grad: Tensor, *, lr: float, step: in
             return
     rows = max(1, BLOCK_BYTES // (weight.element_size() * max(1, weight[0].numel())))
     for begin in range(0, len(weight), rows):
-        part = slice(begin, begin + rows)
-        update_rows(
-            rule, weight[part], grad[part], {name: tensor[part] for name, tensor in matrix.state.items()},
-            lr=lr, step=step, unit_rows=matrix.unit_rows, low=None if matrix.low is None else matrix.low[part],
-        )  # fmt: skip
+        update_rows(rule, matrix.part(begin, begin + rows), grad[begin : begin + rows], lr=lr, step=step)
