@@ -14,7 +14,7 @@ from types import SimpleNamespace
 
 import torch
 import triton
-from fastsae_kernels import configs, launch
+from fastsae_kernels import Adam, Coder, Loss, Rows, RowStep, coder_step, configs, launch, row_update
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
@@ -40,6 +40,12 @@ def launchers() -> dict[str, Callable[[int], object]]:
     def code(N: int) -> tuple[torch.Tensor, torch.Tensor]:
         return torch.ones(N, K), torch.arange(K).expand(N, K).contiguous()
 
+    def step(N: int, number: int) -> None:
+        matrices = Rows(weight, rule.new_state(weight)), Rows(weight.clone(), rule.new_state(weight), unit_rows=True)
+        coder = Coder(matrices[0].weight, bias, matrices[1].weight, bias[:D])
+        coder_step(x(N), x(N), coder, Loss(torch.ones(())), RowStep(rule, 0.1, number, *matrices), k=K)
+
+    rule = Adam()
     return {
         "encode fused": lambda N: launch.encode(x(N), weight, bias, K, path="fused"),
         "encode fused 16 bit": lambda N: launch.encode(x(N).bfloat16(), weight, bias, K, path="fused"),
@@ -55,6 +61,8 @@ def launchers() -> dict[str, Callable[[int], object]]:
         "decode_backward": lambda N: launch.decode_backward(x(N), *code(N), weight),
         "encode_backward": lambda N: launch.encode_backward(*code(N), x(N), L),
         "coder_backward": lambda N: latent_grad_module.coder_backward(x(N), *code(N), x(N), weight),
+        "coder_step": lambda N: step(N, number=N),
+        "row_update": lambda N: row_update.update(rule, Rows(weight, rule.new_state(weight)), weight, lr=N / 3, step=N),
         "forgotten": lambda N: _specialised_kernel[(1,)](bias, N),
     }
 

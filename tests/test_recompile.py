@@ -27,6 +27,8 @@ KERNELS = {
     "decode_backward": {"_latent_grad_kernel"},
     "encode_backward": {"_latent_grad_kernel"},
     "coder_backward": {"_latent_grad_kernel"},
+    "coder_step": {"_select_kernel", "_decode_kernel", "_latent_grad_kernel", "_latent_step_kernel"},
+    "row_update": {"_row_update_kernel"},
 }
 """What each launcher of `launch_keys.py` launches."""
 
@@ -48,7 +50,8 @@ def test_every_number_of_tokens_has_the_same_keys(keys, launcher):
     for tokens, found in keys[launcher].items():
         # few pairs have no full chunk of a hot latent: one kernel less is launched, and none is another
         assert set(found) <= set(of_many), f"{tokens} tokens"
-        assert {key.split()[0] for key in found} == KERNELS[launcher]
+        only_chunks = {"_latent_grad_kernel"} if launcher == "coder_step" else set()
+        assert {key.split()[0] for key in found} | only_chunks == KERNELS[launcher]
     assert keys[launcher]["4096"] == of_many
 
 
