@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 import warnings
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -228,6 +229,31 @@ def info(
     from .compat.info import info_table
 
     Console().print(info_table(source))
+
+
+@app.command()
+def push(
+    folder: Annotated[str, typer.Argument(help="Folder with coders of any known format.")],
+    repo: Annotated[str, typer.Argument(help="Hub repository, org/name; made if it does not exist.")],
+    dry_run: Annotated[bool, typer.Option("--dry-run/--no-dry-run", help="Only show what would go.")] = True,
+    private: Annotated[bool, typer.Option("--private", help="Make a new repository private.")] = False,
+    hf_token: Annotated[str | None, typer.Option(help="Hub access token.", show_default=False)] = None,
+) -> None:
+    """Publish coders on the Hugging Face hub, with a model card made from their files and eval.json.
+
+    [bold]fastsae push checkpoints/run org/name --no-dry-run[/]
+    """
+    from .push import CARD, planned_files, size, text, upload
+
+    planned = planned_files(Path(folder), repo)
+    console = Console(soft_wrap=True, highlight=False)
+    for name, content in planned.items():
+        console.print(f"{size(content):>15,} bytes  {_escape(name)}")
+    if dry_run:
+        console.print(f"\n{_escape(text(planned[CARD]))}")
+        console.print(f"dry run: nothing was sent to {_escape(repo)}; send it with --no-dry-run")
+    else:
+        console.print(f"sent to {_escape(upload(planned, repo, private=private, token=hf_token))}")
 
 
 def _show_progress_notes(level: int = logging.INFO) -> None:
