@@ -20,7 +20,7 @@ from natsort import natsorted
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from .errors import HookpointError
+from .errors import ArtifactError, HookpointError
 
 Callback = Callable[[str, Tensor | None, Tensor], None]
 """Called as ``callback(name, input [B, S, D_in] or None, output [B, S, D])``, once per module call."""
@@ -100,7 +100,14 @@ def probe(model: PreTrainedModel, names: Sequence[str]) -> dict[str, Hookpoint]:
         shapes.clear()
         calls.clear()
         ids = torch.zeros(1, tokens, dtype=torch.long, device=model.device)
-        run_hooked(model, ids, dict.fromkeys(names, 0), look)
+        try:
+            run_hooked(model, ids, dict.fromkeys(names, 0), look)
+        except Exception as error:
+            first_line = next(iter(str(error).strip().splitlines()), "")
+            raise ArtifactError(
+                f"model: expected {type(model).__name__} to run on {tokens} token ids, got {type(error).__name__}: "
+                f"{first_line}; a causal or encoder model of transformers does"
+            ) from error
         return {name: width for name, (_, width) in shapes.items()}
 
     two, three = widths(2), widths(3)

@@ -5,9 +5,11 @@ from __future__ import annotations
 import dataclasses
 import logging
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from transformers import PreTrainedTokenizerBase
 
 from . import demo
 from .config import SaeConfig, TrainConfig
@@ -15,10 +17,10 @@ from .data import load_tokens
 from .model import load_model, load_tokenizer, resolve_device
 from .ops import resolve
 from .options import build
-from .progress import summary_table
+from .progress import RunSummary, summary_table
 from .report.run import report_run
 from .run_config import RunConfig
-from .run_folder import create_run_folder
+from .run_folder import claimed_run_folder
 from .sources import DEFAULT_DATASET
 from .tokens import named_token_ids, split_token_names
 from .tracking import check_trackers
@@ -41,28 +43,47 @@ def train_run(options: dict[str, Any]) -> None:
 
     resolve(cfg.implementation, resolve_device(run.device))
     check_trackers(cfg.log_to)
-    folder = create_run_folder(cfg, model_name)  # a folder that cannot be written shows now, not after the work
-    folder.rmdir()
-    cfg = dataclasses.replace(cfg, run_name=folder.name)
-    model = load_model(model_name, run)
-    tokenizer = cache(lambda: load_tokenizer(model_name, run))
-    if excluded_names:
-        ids = {*excluded_ids, *named_token_ids(excluded_names, tokenizer())}
-        cfg = dataclasses.replace(cfg, exclude_tokens=tuple(sorted(ids)))
-        logger.info("not trained on: %s (ids %s)", ", ".join(excluded_names), ", ".join(map(str, cfg.exclude_tokens)))
-    dataset = load_tokens(dataset_name, run, tokenizer, model.config)
-    origin = {"model": model_name, "dataset": dataset_name, **run.to_dict()}
-    trainer = Trainer(cfg, dataset, model, origin=origin)
-    logger.info(
-        "training %d coders for %d steps: %s", len(trainer.coders), trainer.total_steps, ", ".join(trainer.coders)
-    )
-    summary = trainer.fit()
-    console = Console()
-    console.print(summary_table(summary))
-    console.print(f"saved in {summary.folder}", highlight=False, soft_wrap=True)
+    with claimed_run_folder(cfg, model_name) as folder:  # a folder that cannot be written shows now, not after the work
+        cfg = dataclasses.replace(cfg, run_name=folder.name)
+        model = load_model(model_name, run)
+        tokenizer = cache(lambda: load_tokenizer(model_name, run))
+        if excluded_names:
+            cfg = _exclude(cfg, excluded_names, tokenizer())
+        dataset = load_tokens(dataset_name, run, tokenizer, model.config)
+        origin = {"model": model_name, "dataset": dataset_name, **run.to_dict()}
+        trainer = Trainer(cfg, dataset, model, origin=origin)
+        _say_what_is_trained(trainer)
+        summary = trainer.fit()
+    report = None
     if model_name == demo.NAME:
         where = {key: options[key] for key in ("device", "dtype") if key in options}
         report = report_run(str(summary.folder), None, None, {"look_at": demo.REPORTED_TOKENS, **where})
+    _print_result(summary, report)
+
+
+def _exclude(cfg: TrainConfig, names: tuple[str, ...], tokenizer: PreTrainedTokenizerBase) -> TrainConfig:
+    ids = tuple(sorted({*cfg.exclude_tokens, *named_token_ids(names, tokenizer)}))
+    logger.info("not trained on: %s (ids %s)", ", ".join(names), ", ".join(map(str, ids)))
+    return dataclasses.replace(cfg, exclude_tokens=ids)
+
+
+def _say_what_is_trained(trainer: Trainer) -> None:
+    for at in trainer.hookpoints.values():
+        if at.calls > 1:
+            logger.info(
+                "%s: the model calls it %d times in a forward (shared weights); one coder is trained on all of them",
+                at.name, at.calls,
+            )  # fmt: skip
+    logger.info(
+        "training %d coders for %d steps: %s", len(trainer.coders), trainer.total_steps, ", ".join(trainer.coders)
+    )
+
+
+def _print_result(summary: RunSummary, report: Path | None) -> None:
+    console = Console()
+    console.print(summary_table(summary))
+    console.print(f"saved in {summary.folder}", highlight=False, soft_wrap=True)
+    if report is not None:
         console.print(f"report: {report}", highlight=False, soft_wrap=True)
     first = summary.coders[0].name
     console.print(

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from .config import TrainConfig
@@ -34,6 +37,27 @@ def create_run_folder(cfg: TrainConfig, model_name: str) -> Path:
             "choose another --save-dir"
         ) from None
     return folder
+
+
+@contextmanager
+def claimed_run_folder(cfg: TrainConfig, model_name: str) -> Iterator[Path]:
+    """The run's folder, found writable but not made yet; a start that fails inside the block leaves nothing behind.
+
+    What holds a coder or a line of metrics is a run, and stays.
+    """
+    parent_is_new = not Path(cfg.save_dir).exists()
+    folder = create_run_folder(cfg, model_name)
+    folder.rmdir()
+    try:
+        yield folder
+    except BaseException:
+        metrics = folder / "metrics.jsonl"
+        if not any(folder.rglob("*.safetensors")) and not (metrics.is_file() and metrics.stat().st_size):
+            shutil.rmtree(folder, ignore_errors=True)
+            if parent_is_new:
+                with suppress(OSError):  # holds other runs by now
+                    Path(cfg.save_dir).rmdir()
+        raise
 
 
 def default_name(model_name: str) -> str:

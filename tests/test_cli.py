@@ -95,8 +95,8 @@ def test_trains_a_saved_model_on_text(tmp_path, capsys, architecture, options, n
     config = json.loads((folder / "config.json").read_text())
     assert (config["sae"]["k"], config["batch_size"], config["text_column"]) == (4, 8, "prose")
     assert config["model"] == str(model)
-    for path in folder.rglob("*.json*"):
-        assert "hf_secret" not in path.read_text()
+    for path in folder.rglob("*"):
+        assert path.is_dir() or b"hf_secret" not in path.read_bytes()
 
 
 def test_the_embedded_default(tmp_path, capsys):
@@ -132,6 +132,9 @@ def test_the_embedded_default(tmp_path, capsys):
         (["train", "--load-in-8bit", "--device", "cpu"], "error: load_in_8bit: expected a GPU to load the model on"),
         (["train", "--data-args", "x"], "error: data_args: expected key=value, got 'x'"),
         (["train", "demo", "./tokens.bin"], "error: dataset: expected a .bin file of token ids, got './tokens.bin'"),
+        (["train", "--log-to", "mlflow"], "error: log_to: expected a list of 'wandb' or 'tensorboard'"),
+        (["train", "--implementation", "triton"], "error: implementation 'triton' expects"),
+        (["train", "--config", "nowhere.yaml"], "error: config: expected a YAML or JSON file, got nowhere.yaml"),
         (["train", "--k", "many"], "Invalid value for '--k'"),
         (["train", "--bogus", "1"], "No such option: --bogus"),
         (["hookpoints", "./nowhere"], "error: model: expected a folder or hub id"),
@@ -143,8 +146,7 @@ def test_mistakes_are_one_line_and_exit_code_2(tmp_path, monkeypatch, capsys, ar
     assert code == 2
     assert message in one_line(err)
     assert "Traceback" not in err
-    assert not list(tmp_path.rglob("*.safetensors"))
-    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert not list(tmp_path.rglob("*"))  # a failed start leaves nothing behind
 
 
 def test_a_model_alone_trains_on_sparsifys_default_dataset(tmp_path, capsys):
@@ -188,3 +190,45 @@ def test_tokens_are_excluded_by_name(tmp_path, capsys):
     (config,) = tmp_path.glob("*/config.json")
     assert json.loads(config.read_text())["exclude_tokens"] == [0, 9]
     assert "not trained on: eos (ids 0, 9)" in one_line(err)
+
+
+def test_trackers_are_checked_before_any_work(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    monkeypatch.setattr("fastsae.run.load_model", lambda *_: pytest.fail("too late"))
+    code, _, err = run(capsys, "train", "--log-to", "wandb", "--save-dir", str(tmp_path / "out"))
+    assert (code, "expected the package 'wandb'" in one_line(err)) == (2, True)
+    assert not list(tmp_path.rglob("*"))
+
+
+def test_a_list_may_stand_before_the_model(tmp_path, capsys):
+    code, out, err = run(
+        capsys, "train", "--hookpoints", "h.1.mlp", "demo", "--max-tokens", "2048", "--k", "4",
+        "--expansion-factor", "2", "--save-dir", str(tmp_path),
+    )  # fmt: skip
+    assert code == 0, err
+    assert "h.1.mlp" in out
+
+
+def test_a_layer_that_is_called_again_and_again_is_named(tmp_path, capsys):
+    from transformers import AlbertConfig, AlbertModel, AutoTokenizer
+
+    from fastsae import demo
+
+    config = AlbertConfig(
+        vocab_size=4096, embedding_size=16, hidden_size=32, num_hidden_layers=3, num_attention_heads=2,
+        intermediate_size=32, max_position_embeddings=64,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    AlbertModel(config).save_pretrained(tmp_path / "model")
+    AutoTokenizer.from_pretrained(demo.MODEL_DIR).save_pretrained(tmp_path / "model")
+    (tmp_path / "a.txt").write_text("def f(x):\n    return x + 1\n" * 200)
+    layer = "encoder.albert_layer_groups.0.albert_layers.0"
+    code, _, err = run(
+        capsys, "train", str(tmp_path / "model"), str(tmp_path / "a.txt"), "--hookpoints", layer,
+        "--ctx-len", "32", "--k", "4", "--expansion-factor", "2", "--save-dir", str(tmp_path / "out"),
+    )  # fmt: skip
+    assert code == 0, err
+    assert (
+        f"{layer}: the model calls it 3 times in a forward (shared weights); one coder is trained on all"
+        in one_line(err)
+    )

@@ -5,7 +5,7 @@ import torch
 from models import make_model
 from torch import nn
 
-from fastsae.errors import HookpointError
+from fastsae.errors import ArtifactError, HookpointError
 from fastsae.hooks import layer_hookpoints, probe, resolve_hookpoints, run_hooked
 
 IDS = torch.tensor([[5, 6, 7, 8], [9, 10, 11, 12]])
@@ -147,3 +147,14 @@ def test_attention_mask_reaches_the_model():
         run_hooked(model, IDS, {"encoder.layer.1": 1}, lambda _n, _i, out: outs.append(out), attention_mask)
     assert not torch.allclose(outs[0][0], outs[1][0])
     torch.testing.assert_close(outs[0][1], outs[1][1])
+
+
+def test_a_model_whose_forward_fails():
+    model = make_model("gpt2")
+
+    def fail(*_args, **_options):
+        raise RuntimeError("boom\nand more")
+
+    model.transformer.h[1].forward = fail
+    with pytest.raises(ArtifactError, match="expected GPT2LMHeadModel to run on 2 token ids, got RuntimeError: boom; "):
+        probe(model, ["h.0", "h.2"])

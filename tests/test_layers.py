@@ -20,7 +20,7 @@ FLOORS = {
     ],
     "fastsae": [
         "errors interrupt version demo token_text",
-        "fields finetune hub integrity memmap origin rows",
+        "fields finetune hub integrity memmap origin rows token_shuffle",
         "config run_config stream training_state",
         "tokens options",
         "ops loss checkpoint overrides resume run_file run_folder tracking progress sources batches",
@@ -81,7 +81,7 @@ KERNELS_MAY_IMPORT = {
 }
 MAY_IMPORT_KERNELS = {"ops.py", "row_optimizer.py", "bench/cases.py"}
 MAY_IMPORT_HUGGING_FACE = {
-    *("hooks.py", "model.py", "trainer.py", "coders.py", "cli.py", "demo/build.py"),
+    *("hooks.py", "run.py", "model.py", "trainer.py", "coders.py", "cli.py", "demo/build.py"),
     *("activations.py", "data.py", "sources.py", "stream.py", "tokens.py", "eval/evaluate.py", "eval/tokens.py"),
     *("compat/sparsify/data.py", "compat/sparsify/trainer.py"),
 }
