@@ -133,7 +133,6 @@ def test_the_embedded_default(tmp_path, capsys):
         (["train", "--data-args", "x"], "error: data_args: expected key=value, got 'x'"),
         (["train", "demo", "./tokens.bin"], "error: dataset: expected a .bin file of token ids, got './tokens.bin'"),
         (["train", "--log-to", "mlflow"], "error: log_to: expected a list of 'wandb' or 'tensorboard'"),
-        (["train", "--implementation", "triton"], "error: implementation 'triton' expects"),
         (["train", "--config", "nowhere.yaml"], "error: config: expected a YAML or JSON file, got nowhere.yaml"),
         (["train", "--k", "many"], "Invalid value for '--k'"),
         (["train", "--bogus", "1"], "No such option: --bogus"),
@@ -197,6 +196,15 @@ def test_trackers_are_checked_before_any_work(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("fastsae.run.load_model", lambda *_: pytest.fail("too late"))
     code, _, err = run(capsys, "train", "--log-to", "wandb", "--save-dir", str(tmp_path / "out"))
     assert (code, "expected the package 'wandb'" in one_line(err)) == (2, True)
+    assert not list(tmp_path.rglob("*"))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_the_implementation_is_checked_before_any_work(tmp_path, monkeypatch, capsys):
+    monkeypatch.delenv("TRITON_INTERPRET")
+    monkeypatch.setattr("fastsae.run.load_model", lambda *_: pytest.fail("too late"))
+    code, _, err = run(capsys, "train", "--implementation", "triton", "--save-dir", str(tmp_path / "out"))
+    assert (code, "error: implementation 'triton' expects" in one_line(err)) == (2, True)
     assert not list(tmp_path.rglob("*"))
 
 
