@@ -1,9 +1,8 @@
-"""What SAEBench, delphi, nnsight and FakeTensor do with a coder, with their real code where it is installed."""
+"""What SAEBench, delphi and nnsight do with a coder, with their real code where it is installed."""
 
 import pytest
 import torch
 from coders import D, K, L, inputs, make_coder, truth
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fastsae import FastSae, SaeConfig
 from fastsae.compat import convert
@@ -115,19 +114,7 @@ def test_delphis_own_function_gives_the_same_latents_with_our_class(monkeypatch)
     close(module.sae_dense_latents(inputs(), sae), as_latent_encoder(sae)(inputs()))
 
 
-# ---- FakeTensor and nnsight ----
-
-
-@pytest.mark.parametrize("implementation", ["auto", "reference"])
-def test_encode_decode_and_forward_under_fake_tensors(implementation):
-    with FakeTensorMode():
-        sae = FastSae(D, SaeConfig(num_latents=L, k=K, skip_connection=True), implementation=implementation)
-        x = torch.empty(5, 7, D)
-        acts, indices, _ = sae.encode(x)
-        assert (acts.shape, indices.shape, indices.dtype) == ((5, 7, K), (5, 7, K), torch.int64)
-        assert sae.decode(acts, indices).shape == (5, 7, D)
-        out = sae(x, dead_mask=torch.zeros(L, dtype=torch.bool))
-        assert (out.sae_out.shape, out.fvu.shape) == ((5, 7, D), ())
+# ---- nnsight ----
 
 
 @MANY
