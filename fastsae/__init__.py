@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from .version import __version__
 
 if TYPE_CHECKING:
+    from .activation_cache.read import CachedActivations
     from .config import SaeConfig, TrainConfig, TranscoderConfig
     from .data import load_tokens
     from .encode import strongest_latents
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from .trainer import Trainer
 
 _HOME = {
+    "CachedActivations": "activation_cache.read",
     "EvalConfig": "eval.config",
     "Evaluation": "eval.result",
     "FastSae": "sae",
@@ -51,6 +53,7 @@ _HOME = {
 }
 
 __all__ = [
+    "CachedActivations",
     "EvalConfig",
     "Evaluation",
     "FastSae",

@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.logging import RichHandler
 from rich.table import Table
 
+from .activation_cache.config import CacheConfig
 from .bench.shapes import BenchConfig
 from .compat.sparsify_flags import translate
 from .config import EncodeConfig, SaeConfig, TrainConfig
@@ -41,6 +42,7 @@ OPTIONS = {
     "eval": (EvalConfig, RunConfig),
     "encode": (EncodeConfig, RunConfig),
     "report": (ReportConfig, RunConfig),
+    "cache": (CacheConfig, RunConfig),
 }
 """The configs behind each command's options."""
 
@@ -184,6 +186,25 @@ def report(
     _show_progress_notes()
     path = report_run(run, model, dataset, options)
     Console().print(f"report: {path}", highlight=False, soft_wrap=True)
+
+
+@app.command()
+@with_options(*OPTIONS["cache"])
+def cache(
+    model: Annotated[str, typer.Argument(help="Hub id or folder of a model; demo ships with fastsae.")] = "demo",
+    dataset: Annotated[
+        str | None, typer.Argument(help="Hub id, folder or file, as for train.", show_default=False)
+    ] = None,
+    **options: Any,
+) -> None:
+    """Write a model's activations to disk, after saying how large they will be; run again, it goes on or verifies.
+
+    [bold]fastsae cache gpt2 ./tokens --hookpoints "h.*.mlp" --output acts[/]
+    """
+    from .activation_cache.run import cache_run
+
+    _show_progress_notes()
+    cache_run(model, dataset, options)
 
 
 @app.command()

@@ -30,7 +30,7 @@ FLOORS = {
         "metrics saved model_card",
         "micro_batches trainer_state",
         "trainer eval encode push",
-        "report",
+        "report activation_cache",
         "run bench compat.sparsify",
         "cli __init__",
         "__main__",
@@ -55,6 +55,7 @@ FLOORS = {
         "evaluate tokens",
         "run",
     ],
+    "activation_cache": ["__init__ config index", "read write", "run"],
     "report": ["__init__ config codes curves lens", "latents page", "run"],
 }
 WITHIN = {
@@ -64,6 +65,7 @@ WITHIN = {
     "sparsify": ["compat", "fastsae"],
     "eval": ["fastsae"],
     "report": ["fastsae"],
+    "activation_cache": ["fastsae"],
 }
 PACKAGES = {
     "fastsae_kernels": ROOT / "kernels/fastsae_kernels",
@@ -74,6 +76,7 @@ PACKAGES = {
     "sparsify": ROOT / "fastsae/compat/sparsify",
     "eval": ROOT / "fastsae/eval",
     "report": ROOT / "fastsae/report",
+    "activation_cache": ROOT / "fastsae/activation_cache",
 }
 KERNELS_MAY_IMPORT = {
     *("__future__", "torch", "triton", "typing", "os", "functools", "math", "dataclasses", "collections"),
