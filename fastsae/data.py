@@ -16,8 +16,6 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from .errors import ArtifactError
 from .memmap import SUFFIX, MemmapTokens
-from .rows import collate as collate
-from .rows import held_out_sequences as held_out_sequences
 from .rows import token_ids
 from .run_config import RunConfig
 from .sources import load_data

@@ -43,17 +43,6 @@ class TokenStream(RowSource):
     def __len__(self) -> int:
         return self._rows - self._held_out
 
-    def __getitem__(self, index: int) -> Row:
-        """The next row, which ``index`` must be: for readers that count."""
-        if index != self._drawn - self._held_out:
-            raise IndexError(f"expected index {self._drawn - self._held_out}, the next row of a stream, got {index}")
-        if rows := self.take(1):
-            return rows[0]
-        raise ArtifactError(
-            f"dataset: expected {self._rows} sequences, the stream ended after {self._drawn}; "
-            "lower --max-tokens or --max-examples to what there is"
-        )
-
     def take(self, count: int) -> list[Row]:
         """The next rows; a note says so where the stream ends before its limit."""
         rows = []

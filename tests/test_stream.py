@@ -80,17 +80,6 @@ def test_a_stream_that_ends_early_says_so(load, caplog):
     assert stream.take(1) == []
 
 
-def test_rows_by_number_in_order_only(load):
-    stream, same = load(max_examples=302), load(max_examples=302)
-    assert stream[0] == same.take(1)[0]
-    assert stream[1] == same.take(1)[0]
-    with pytest.raises(IndexError, match="expected index 2, the next row of a stream, got 0"):
-        stream[0]
-    stream.take(299)
-    with pytest.raises(ArtifactError, match="expected 302 sequences, the stream ended after 301; lower --max-tokens"):
-        stream[301]
-
-
 def test_a_model_trains_on_a_stream_as_on_the_same_rows(load, tmp_path):
     from models import make_model
 
