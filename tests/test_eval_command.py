@@ -12,6 +12,7 @@ from fastsae.data import load_tokens
 from fastsae.errors import ArtifactError
 from fastsae.eval.tokens import evaluation_tokens
 from fastsae.model import load_tokenizer
+from fastsae.rows import split_held_out
 from fastsae.saved import check_origin, load_coders, run_record
 
 DATA = {"ctx_len": 32, "max_tokens": 2560}
@@ -30,7 +31,8 @@ def trained(tmp_path_factory):
     origin = {"model": "demo", "dataset": "stdlib", **run.to_dict()}
     trainer = Trainer(cfg, rows, model, origin=origin)
     trainer.fit(progress=False)
-    return folder / "a", [row["input_ids"].tolist() for row in trainer.held_out_rows]
+    _, held_out = split_held_out(rows, cfg.held_out)
+    return folder / "a", [row["input_ids"].tolist() for row in held_out.take(len(held_out))]
 
 
 def test_the_command(trained, capsys, tmp_path):
