@@ -31,6 +31,8 @@ class Setting(NamedTuple):
     device: str
     dtype: torch.dtype
     """Of the activations: the precision class. bfloat16 trains float32 weights under autocast or bfloat16 copies."""
+    optimizer: str = "adam"
+    """adam; for fastsae and sparsify also signum, schedule-free sign descent."""
 
 
 class Contestant(Protocol):
@@ -55,7 +57,7 @@ class Fastsae:
 
         torch.manual_seed(s.seed)
         self.coder = FastSae(s.D, SaeConfig(num_latents=s.L, k=s.k), s.device, torch.float32)
-        self.cfg = TrainConfig(lr=s.lr)
+        self.cfg = TrainConfig(lr=s.lr, optimizer="signum" if s.optimizer == "signum" else "adam")
         low = s.dtype if s.dtype != torch.float32 else None
         self.optimizer = make_optimizer(self.cfg, [self.coder], low)
         self._init, self._started = init_biases, False
@@ -74,7 +76,8 @@ class Fastsae:
 
     @torch.no_grad()
     def reconstruct(self, x: Tensor) -> Tensor:
-        return self.coder(x).sae_out
+        with self.optimizer.evaluation_weights([self.coder]):
+            return self.coder(x).sae_out
 
 
 class Sparsify:
@@ -87,7 +90,15 @@ class Sparsify:
 
         torch.manual_seed(s.seed)
         self.coder = SparseCoder(s.D, SparseCoderConfig(num_latents=s.L, k=s.k), s.device, torch.float32)
-        self.optimizer = torch.optim.Adam(self.coder.parameters(), lr=s.lr)
+        if s.optimizer == "signum":
+            from schedulefree import ScheduleFreeWrapper
+            from sparsify.sign_sgd import SignSGD
+
+            self.optimizer = ScheduleFreeWrapper(SignSGD(self.coder.parameters(), lr=s.lr), momentum=0.95)
+            self.optimizer.train()
+        else:
+            self.optimizer = torch.optim.Adam(self.coder.parameters(), lr=s.lr)
+        self._averages = s.optimizer == "signum"
         self._started = False
 
     def step(self, x: Tensor) -> None:
@@ -102,7 +113,12 @@ class Sparsify:
 
     @torch.no_grad()
     def reconstruct(self, x: Tensor) -> Tensor:
-        return self.coder(x).sae_out
+        if self._averages:
+            self.optimizer.eval()
+        out = self.coder(x).sae_out
+        if self._averages:
+            self.optimizer.train()
+        return out
 
 
 class SaeLens:

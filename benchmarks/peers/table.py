@@ -1,0 +1,56 @@
+"""README's comparison table, made of raw results: ``python benchmarks/peers/table.py benchmarks/results/FILE``.
+
+Prints Markdown; with ``--write README.md`` replaces what stands between the two ``peers-table`` comments there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+from pathlib import Path
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("results", nargs="+", type=Path)
+    parser.add_argument("--write", type=Path)
+    args = parser.parse_args()
+    text = "\n\n".join(table(json.loads(path.read_text()), path) for path in args.results)
+    if args.write is None:
+        print(text)
+        return
+    page = args.write.read_text()
+    pattern = r"(<!-- peers-table -->\n).*?(\n<!-- /peers-table -->)"
+    if not re.search(pattern, page, re.S):
+        raise SystemExit(f"expected <!-- peers-table --> and <!-- /peers-table --> in {args.write}, found none")
+    args.write.write_text(re.sub(pattern, lambda match: match[1] + text + match[2], page, flags=re.S))
+
+
+def table(record: dict, path: Path) -> str:
+    """One record as Markdown."""
+    e = record["environment"]
+    machine = e["gpu"] or f"{e['threads']} threads of an {e['cpu']}"
+    versions = ", ".join(f"{name} {version}" for name, version in e["versions"].items() if version)
+    lines = [
+        "| step (Adam) | library | ms | fastsae takes | peak MiB | held-out FVU |",
+        "|---|---|---|---|---|---|",
+    ]
+    for case in record["cases"].values():
+        s, results = case["setting"], case["results"]
+        where = f"embedded {case['hookpoint']}" if case["hookpoint"] else "synthetic"
+        label = f"N={s['N']} D={s['D']} L={s['L']} k={s['k']}, {s['steps']} steps, {where}"
+        for name, r in results.items():
+            share = "" if name == "fastsae" else f"{results['fastsae']['median_ms'] / r['median_ms']:.2f} of it"
+            lines.append(
+                f"| {label} | {name} | {r['median_ms']:.0f} | {share} | {r['peak_mib']:.0f} | {r['fvu']:.4f} |"
+            )
+            label = ""
+    source = (
+        f"Raw times: `benchmarks/results/{path.name}`; {machine}, {e['date']}, commit {e['commit'][:7]}, {versions}."
+    )
+    return "\n".join(lines) + "\n\n" + source
+
+
+if __name__ == "__main__":
+    main()
