@@ -1,5 +1,5 @@
 # An index of one-liners. `make` lists them.
-.PHONY: help install test compile lint types bench gpu demo-model stage ci
+.PHONY: help install test compile lint types bench gpu peers profile growth crossover demo-model stage ci
 
 help:         ## this list
 	@grep -E '^[a-z-]+: .*##' Makefile | sed 's/: *##/\t/' | expand -t 14
@@ -27,6 +27,18 @@ bench:        ## speed on this machine, beside plain torch
 
 gpu:          ## tests compiled, then the benchmark: make gpu OUT=folder [BENCH="--shapes S1"]
 	benchmarks/gpu.sh $(or $(OUT),$(error expected a folder for the results, got none; make gpu OUT=folder)) $(BENCH)
+
+peers:        ## a step beside sparsify, SAELens and dictionary_learning, and quality (benchmarks/peers/requirements.txt first)
+	python benchmarks/peers/run.py $(PEERS) && python benchmarks/peers/quality.py
+
+profile:      ## where the time of `fastsae train` goes
+	python benchmarks/profile_training.py
+
+growth:       ## time and memory per doubling of tokens and of latents
+	python benchmarks/growth.py
+
+crossover:    ## gathered rows against dense products, by latents per active one
+	python benchmarks/crossover.py
 
 demo-model:   ## train the embedded model anew
 	python -m fastsae.demo.build

@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Everything a GPU is needed for, in one go:  benchmarks/gpu.sh OUT_DIR [options of fastsae bench]
 #
-# Runs the tests compiled (no interpreter), then the benchmark, and leaves logs and results in OUT_DIR.
+# Runs the tests compiled (no interpreter), then the benchmark, growth, crossover and the step beside its peers, and
+# leaves logs and results in OUT_DIR.
 # No speed is measured if a test fails. PYTHON chooses the interpreter; TESTS, what pytest is given instead of all
 # tests (environment.txt notes it). Exit code 0: all passed; 1: something failed; 2: it could not begin.
 set -uo pipefail
@@ -15,7 +16,7 @@ cd "$(dirname "$0")/.." || exit 2
 python=${PYTHON:-python}
 tests=${TESTS:-tests}
 unset TRITON_INTERPRET
-rm -f "$out"/{tests.xml,tests.log,bench.json,bench.log} # of an earlier run
+rm -f "$out"/{tests.xml,tests.log,bench.json,bench.log,growth.json,peers.json} # of an earlier run
 export PYTHONUNBUFFERED=1 PYTHONPATH="$PWD:$PWD/kernels${PYTHONPATH:+:$PYTHONPATH}" COLUMNS=${COLUMNS:-80}
 
 "$python" -c 'import torch; raise SystemExit(not torch.cuda.is_available())' || {
@@ -41,5 +42,17 @@ nvidia-smi -q >"$out/nvidia-smi.txt" 2>&1 || rocm-smi >"$out/rocm-smi.txt" 2>&1
 }
 "$python" -m fastsae bench --json "$out/bench.json" "$@" 2>&1 | tee "$out/bench.log" || {
     echo "benchmarks/gpu.sh: the benchmark failed, see $out/bench.log" >&2
+    exit 1
+}
+"$python" benchmarks/growth.py --device cuda --json "$out/growth.json" 2>&1 | tee "$out/growth.log" || exit 1
+"$python" benchmarks/crossover.py --device cuda 2>&1 | tee "$out/crossover.log" || exit 1
+# A step beside the peers that are installed (benchmarks/peers/requirements.txt); fastsae alone where none is.
+have=fastsae
+for library in sparsify:eai-sparsify SAELens:sae-lens dictionary_learning:dictionary-learning; do
+    "$python" -c "import importlib.metadata as m, sys; m.version(sys.argv[1])" "${library#*:}" 2>/dev/null && have="$have ${library%%:*}"
+done
+# shellcheck disable=SC2086  # several words
+"$python" benchmarks/peers/run.py --device cuda --only $have --json "$out/peers.json" 2>&1 | tee "$out/peers.log" || {
+    echo "benchmarks/gpu.sh: the comparison with peers failed, see $out/peers.log" >&2
     exit 1
 }
