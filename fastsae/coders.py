@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from .config import TrainConfig
 from .errors import ConfigError, HookpointError
 from .hooks import Hookpoint, layer_hookpoints, probe, resolve_hookpoints
+from .overrides import coder_name, parse_override, resolve_variants
 from .sae import FastSae
 
 logger = logging.getLogger("fastsae")
@@ -48,17 +49,23 @@ def _check_transcoder(at: Hookpoint) -> None:
 
 
 def make_coders(cfg: TrainConfig, hookpoints: dict[str, Hookpoint], model: PreTrainedModel) -> dict[str, FastSae]:
-    """One float32 coder per hookpoint and seed, on the model's device; named ``HOOK`` or ``HOOK/seedN``."""
+    """One float32 coder per hookpoint, variant (``cfg.set``) and seed, on the model's device.
+
+    Named ``HOOK``, ``HOOK/seed1``, ``HOOK/k32``, ``HOOK/k32/seed1``.
+    """
     coders = {}
+    variants = resolve_variants(cfg.sae, map(parse_override, cfg.set), hookpoints)
     for name, hookpoint in hookpoints.items():
-        for seed in cfg.init_seeds:
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(seed)
-                try:
-                    coder = FastSae(hookpoint.d_out, cfg.sae, dtype=torch.float32, implementation=cfg.implementation)
-                except ConfigError as error:
-                    raise ConfigError(f"{name} (width {hookpoint.d_out}): {error}") from None
-            coders[f"{name}/seed{seed}" if len(cfg.init_seeds) > 1 else name] = coder.to(model.device)
+        for variant, sae in variants[name].items():
+            for seed in cfg.init_seeds:
+                with torch.random.fork_rng(devices=[]):
+                    torch.manual_seed(seed)
+                    try:
+                        coder = FastSae(hookpoint.d_out, sae, dtype=torch.float32, implementation=cfg.implementation)
+                    except ConfigError as error:
+                        raise ConfigError(f"{name} (width {hookpoint.d_out}): {error}") from None
+                seeded = seed if len(cfg.init_seeds) > 1 else None
+                coders[coder_name(name, variant, seeded)] = coder.to(model.device)
     return coders
 
 

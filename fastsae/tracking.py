@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,8 @@ class Tracker:
                 self._board.add_scalar(name, value, step)
 
     def close(self) -> None:
-        self._file.close()
+        with suppress(OSError):  # of a line that log could not write, and said so
+            self._file.close()
         if self._wandb is not None:
             self._wandb.finish()
         if self._board is not None:

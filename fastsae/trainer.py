@@ -29,12 +29,13 @@ from .interrupt import Interrupted, StopSignals
 from .metrics import TrainingMetrics, held_out_metrics
 from .micro_batches import MicroBatches
 from .optim import active_latents, apply_gradients, learning_rates, make_optimizer, make_schedule
+from .pretrained import load_pretrained, warn_of_other_size
 from .progress import CoderSummary, RunSummary, TrainProgress
 from .resume import check_same_run, rewind_metrics
 from .row_optimizer import RowOptimizer
 from .rows import Batches, split_held_out
 from .run_folder import create_run_folder
-from .saving import save_coders
+from .saving import keep_best, keep_checkpoint, save_coders
 from .tracking import Tracker
 from .trainer_state import load_into, state_of
 from .training_state import drop_states, read_newest_state, write_state
@@ -62,6 +63,7 @@ class Trainer:
         self.hookpoints = find_hookpoints(model, cfg)
         self._pass = ModelPass(model, self.hookpoints, transcode=cfg.sae.transcode, exclude_tokens=cfg.exclude_tokens)
         self.coders = make_coders(cfg, self.hookpoints, model)
+        self._finetuned = {} if cfg.finetune is None else load_pretrained(self.coders, cfg.finetune, self._model_name())
         self.metrics = {name: TrainingMetrics(name, coder) for name, coder in self.coders.items()}
         low_dtype = model.dtype if model.device.type == "cuda" and model.dtype != torch.float32 else None
         self.optimizer = make_optimizer(cfg, self.coders.values(), low_dtype)
@@ -71,7 +73,7 @@ class Trainer:
         self.step = 0
         self.tokens = 0
         self._seconds, self._start = 0.0, time.perf_counter()  # of this run before it was resumed
-        self._initialised: set[str] = set()
+        self._initialised = set(self._finetuned)
         self._activation_sizes: dict[str, dict[str, float]] = {}  # by hookpoint, on its first batch
 
     def fit(self, *, progress: bool = True) -> RunSummary:
@@ -143,6 +145,8 @@ class Trainer:
         for name, coder in self.coders.items():
             if name.partition("/")[0] != hookpoint:
                 continue
+            if name in self._finetuned:
+                warn_of_other_size(name, self._finetuned.pop(name), self._activation_sizes[hookpoint])
             if name not in self._initialised:
                 init_biases(coder, x, y)
                 self._initialised.add(name)
@@ -213,12 +217,16 @@ class Trainer:
 
     def _save_coders(self) -> None:
         assert self.folder is not None
-        checkpoint = self._save_is_due() or self.step == self.total_steps
-        held_out = self.held_out_metrics() if self.cfg.save_best and checkpoint else None
         for name, coder in self.coders.items():
             coder.notes = self._notes(name)
+        checkpoint = self._save_is_due() or self.step == self.total_steps  # else a stop, which leaves no trace
+        held_out = self.held_out_metrics() if self.cfg.save_best and checkpoint else None
         with self.evaluation_weights():
-            save_coders(self.folder, self.coders, self.step, self.cfg, held_out, is_checkpoint=checkpoint)
+            save_coders(self.folder, self.coders)
+            if checkpoint:
+                keep_checkpoint(self.folder, self.coders, self.step, self.cfg.keep_last)
+            if held_out is not None:
+                keep_best(self.folder, self.coders, self.step, held_out)
 
     def _save_is_due(self) -> bool:
         return self.step % self.cfg.save_every == 0
@@ -279,7 +287,13 @@ class Trainer:
     def _log(self, tracker: Tracker, bar: TrainProgress) -> None:
         values = self.read_metrics()
         values["tokens_per_second"] = self.tokens / (time.perf_counter() - self._start)
-        tracker.log(self.step, values)
+        try:
+            tracker.log(self.step, values)
+        except OSError as error:
+            raise ArtifactError(
+                f"output: could not write {self.folder}/metrics.jsonl: {error.strerror}; "
+                f"free some space, then: fastsae train --resume {self.folder}"
+            ) from None
         bar.show(values["tokens_per_second"], values["fvu"])
 
     def _model_name(self) -> str:

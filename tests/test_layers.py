@@ -28,7 +28,7 @@ FLOORS = {
         "activations coders row_optimizer compat saving",
         "joint optim",
         "metrics saved model_card",
-        "micro_batches trainer_state",
+        "micro_batches pretrained trainer_state",
         "trainer eval encode push",
         "report activation_cache",
         "run bench compat.sparsify",
