@@ -19,6 +19,7 @@ from .compat.sparsify_flags import translate
 from .config import EncodeConfig, SaeConfig, TrainConfig
 from .errors import FastsaeError
 from .eval.config import EvalConfig
+from .interrupt import Interrupted
 from .options import build, normalise, with_options
 from .report.config import ReportConfig
 from .run_config import RunConfig
@@ -88,6 +89,12 @@ def train(
             show_default=False,
         ),
     ] = None,
+    resume: Annotated[
+        str | None,
+        typer.Option(
+            help="Folder of a run to go on with, from where it was last saved.", metavar="RUN", show_default=False
+        ),
+    ] = None,
     **options: Any,
 ) -> None:
     """Train sparse coders on a model's activations.
@@ -96,12 +103,21 @@ def train(
 
     [bold]fastsae train gpt2 --hookpoints "h.*.mlp.act"[/]
     """
-    from .run import train_run  # transformers and datasets load here, not for --help
+    named = {name: value for name, value in (("model", model), ("dataset", dataset)) if value is not None}
+    _show_progress_notes()  # transformers and datasets load from here on, not for --help
+    try:
+        if resume is not None:
+            from .resume_run import resume_run
 
-    _show_progress_notes()
-    given = {**({} if config is None else read_run_file(config, CONFIGS)), **options}
-    named = {"model": model, "dataset": dataset}
-    train_run({**given, **{name: value for name, value in named.items() if value is not None}})
+            resume_run(resume, {**options, **named, **({} if config is None else {"config": config})})
+        else:
+            from .run import train_run
+
+            given = {**({} if config is None else read_run_file(config, CONFIGS)), **options}
+            train_run({**given, **named})
+    except Interrupted as stop:  # here, for typer has its own way with KeyboardInterrupt
+        Console(stderr=True).print(_escape(str(stop)), soft_wrap=True, highlight=False)
+        raise typer.Exit(128 + stop.signum) from None
 
 
 @app.command()

@@ -21,7 +21,7 @@ from .fields import field_docs
 from .run_config import TOKEN_NAMES
 
 _NESTED = {"sae"}
-_VALUED = {"--config"}  # options with a value that no config has
+_VALUED = {"--config", "--resume"}  # options with a value that no config has
 _UNSPLIT = {"set"}  # a comma is part of its values
 _SWITCH = {"on": True, "true": True, "off": False, "false": False}
 

@@ -37,7 +37,8 @@ def load_pretrained(coders: dict[str, FastSae], source: str, model_name: str) ->
 
 def warn_of_other_size(name: str, origin: Origin, size: dict[str, float]) -> None:
     """Warn where a coder's activations are not as large as those that it was trained on."""
-    for wrong in misfits(origin, Origin(**size)):
+    here = Origin(activation_mean=size["activation_mean"], activation_norm=size["activation_norm"])
+    for wrong in misfits(origin, here):
         logger.warning("%s: finetune: %s", name, wrong)
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import logging
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -17,6 +16,7 @@ from .data import load_tokens
 from .model import load_model, load_tokenizer, resolve_device
 from .ops import resolve
 from .options import build
+from .overrides import parse_override
 from .progress import RunSummary, summary_table
 from .report.run import report_run
 from .run_config import RunConfig
@@ -25,6 +25,7 @@ from .sources import DEFAULT_DATASET
 from .tokens import named_token_ids, split_token_names
 from .tracking import check_trackers
 from .trainer import Trainer
+from .training_state import has_state
 
 logger = logging.getLogger("fastsae")
 
@@ -43,6 +44,8 @@ def train_run(options: dict[str, Any]) -> None:
 
     resolve(cfg.implementation, resolve_device(run.device))
     check_trackers(cfg.log_to)
+    for text in cfg.set:
+        parse_override(text)
     with claimed_run_folder(cfg, model_name) as folder:  # a folder that cannot be written shows now, not after the work
         cfg = dataclasses.replace(cfg, run_name=folder.name)
         model = load_model(model_name, run)
@@ -53,12 +56,18 @@ def train_run(options: dict[str, Any]) -> None:
         origin = {"model": model_name, "dataset": dataset_name, **run.to_dict()}
         trainer = Trainer(cfg, dataset, model, origin=origin)
         _say_what_is_trained(trainer)
-        summary = trainer.fit()
-    report = None
-    if model_name == demo.NAME:
-        where = {key: options[key] for key in ("device", "dtype") if key in options}
-        report = report_run(str(summary.folder), None, None, {"look_at": demo.REPORTED_TOKENS, **where})
-    _print_result(summary, report)
+        summary = fit(trainer)
+    print_result(summary, model_name, options)
+
+
+def fit(trainer: Trainer) -> RunSummary:
+    """Train; where that fails, say what there is to go on from."""
+    try:
+        return trainer.fit()
+    except Exception as error:
+        if trainer.folder is not None and has_state(trainer.folder) and "--resume" not in str(error):
+            logger.info("go on from the last checkpoint with: fastsae train --resume %s", trainer.folder)
+        raise
 
 
 def _exclude(cfg: TrainConfig, names: tuple[str, ...], tokenizer: PreTrainedTokenizerBase) -> TrainConfig:
@@ -79,7 +88,12 @@ def _say_what_is_trained(trainer: Trainer) -> None:
     )
 
 
-def _print_result(summary: RunSummary, report: Path | None) -> None:
+def print_result(summary: RunSummary, model_name: str, options: dict[str, Any]) -> None:
+    """Table, folder, report of a demo run, next command."""
+    report = None
+    if model_name == demo.NAME:
+        where = {key: options[key] for key in ("device", "dtype") if key in options}
+        report = report_run(str(summary.folder), None, None, {"look_at": demo.REPORTED_TOKENS, **where})
     console = Console()
     console.print(summary_table(summary))
     console.print(f"saved in {summary.folder}", highlight=False, soft_wrap=True)

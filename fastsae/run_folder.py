@@ -24,7 +24,8 @@ def create_run_folder(cfg: TrainConfig, model_name: str) -> Path:
     folder = Path(cfg.save_dir) / name
     if folder.is_dir() and any(folder.iterdir()):
         raise ArtifactError(
-            f"output: expected a new or empty folder, {folder} already holds files; choose another --run-name"
+            f"output: expected a new or empty folder, {folder} already holds files; choose another --run-name, "
+            f"or go on with a run that was stopped: fastsae train --resume {folder}"
         )
     try:
         folder.mkdir(parents=True, exist_ok=True)

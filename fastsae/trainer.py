@@ -83,15 +83,16 @@ class Trainer:
         """
         self._start = time.perf_counter() - self._seconds
         config = {**self.cfg.to_dict(), **self.origin}
+        resumed = self.folder is not None
         if self.folder is None:
             self.folder = create_run_folder(self.cfg, self._model_name())
             write_json(self.folder / "config.json", config)
-        else:
-            self._save_coders()  # a crash may have come between the state and the coders
         tracker = Tracker(self.folder, self.cfg.log_to, config)
         try:
             with TrainProgress(self.total_steps, progress) as bar, StopSignals() as signals:
                 bar.advance(self.step)
+                if resumed:
+                    self._save_coders()  # a crash may have come between the state and the coders
                 self._train(tracker, bar, signals)
             summary = self.summarise(time.perf_counter() - self._start)
         finally:

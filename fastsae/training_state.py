@@ -61,36 +61,39 @@ def write_state(run: Path, step: int, state: dict[str, Any]) -> None:
 
 
 def read_newest_state(run: Path) -> tuple[int, dict[str, Any]]:
-    """(step, state) of the newest state that is whole; damaged ones are named in a warning.
+    """(step, state) of the newest state that is whole; damaged ones are named in a warning, and deleted.
 
     Raises :class:`CheckpointError` where there is none.
     """
-    refused = []
+    check_has_state(run)
+    damaged = []
     for step, folder in reversed(_saved(run)):
         try:
             state = _read_files(folder)
-        except (CheckpointError, OSError) as error:
-            refused.append(folder)
+        except CheckpointError as error:
+            damaged.append(folder)
             logger.warning("not used: %s", error)
             continue
-        if refused:
+        if damaged:
             logger.warning("going on from step %d, the newest that is whole", step)
-        for damaged in refused:
-            shutil.rmtree(damaged)
+        for other in damaged:
+            shutil.rmtree(other)
         return step, state
-    if refused:
-        raise CheckpointError(
-            f"resume: expected a training state that is whole in {run / STATE}, got damaged ones only"
-        )
-    raise CheckpointError(
-        f"resume: expected a training state in {run / STATE}, found none: the run is finished, or ended before its "
-        "first --save-every; finished coders can be trained on with --finetune"
-    )
+    raise CheckpointError(f"resume: expected a whole training state in {run / STATE}, got damaged ones only")
 
 
 def has_state(run: Path) -> bool:
     """Whether there is something to go on from."""
     return bool(_saved(run))
+
+
+def check_has_state(run: Path) -> None:
+    """Raise :class:`CheckpointError` where there is nothing to go on from."""
+    if not has_state(run):
+        raise CheckpointError(
+            f"resume: expected a training state in {run / STATE}, found none: the run is finished, or ended before its "
+            "first --save-every; finished coders can be trained on with --finetune"
+        )
 
 
 def drop_states(run: Path) -> None:

@@ -32,6 +32,7 @@ FLOORS = {
         "trainer eval encode push",
         "report activation_cache",
         "run bench compat.sparsify",
+        "resume_run",
         "cli __init__",
         "__main__",
     ],
