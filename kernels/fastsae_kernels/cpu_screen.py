@@ -27,13 +27,14 @@ excluded one is 0 too. All other tokens, and those whose bound is not finite, ar
 
 from __future__ import annotations
 
+import threading
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from .cpu_sampled import ragged_products
-from .cpu_select import candidates, ordered
+from .cpu_select import GROUP, ordered
 
 SCREENS = (2, 4, 16)  # candidates per active latent: at first, then for tokens that these do not certify
 UNIT_ROUNDOFF = 2.0**-8
@@ -52,6 +53,7 @@ class ScreenStats(NamedTuple):
 
 
 _stats = [0, 0]
+_memory = threading.local()
 
 
 def screen_stats() -> ScreenStats:
@@ -132,7 +134,7 @@ def screened_topk(
     coder = round_coder(weight, bias)
     top_acts, top_indices = x.new_empty(N, k), torch.empty(N, k, dtype=torch.int64)
     certified = torch.zeros(N, dtype=torch.bool)
-    scratch = torch.empty(min(chunk, N), weight.shape[0], dtype=torch.bfloat16)
+    scratch = _scratch(min(chunk, N), weight.shape[0])
     for start in range(0, N, chunk):
         part = x[start : start + chunk]
         low = part.to(torch.bfloat16)
@@ -155,6 +157,15 @@ def screened_topk(
     return top_acts, top_indices, certified
 
 
+def _scratch(rows: int, num_latents: int) -> Tensor:
+    """Uninitialised bfloat16 [rows, L]; a thread's calls share the memory, for fresh pages cost their zeroing."""
+    numbers = rows * num_latents
+    kept = getattr(_memory, "scores", None)
+    if kept is None or len(kept) < numbers:
+        kept = _memory.scores = torch.empty(numbers, dtype=torch.bfloat16)
+    return kept[:numbers].view(rows, num_latents)
+
+
 def _rank(
     scores: Tensor,  # [n, L] bfloat16
     x: Tensor,  # [n, D] float32
@@ -165,19 +176,34 @@ def _rank(
     k: int,
     count: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Activations and indices [n, K], and bool [n]: certified. At most ``count`` entries of a row are looked at."""
-    values, columns, _ = candidates(scores, count)
-    values, position = values.topk(count, dim=1)  # every other entry is at most the last of these
-    columns = columns.gather(1, position)
-    kth = values[:, k - 1].double()
-    margin = excluded_bound(kth, x, low, coder) - kth
-    kept = (values >= (kth - 2 * margin)[:, None]) | (torch.arange(count) < k)  # a prefix of each row
-    width = kept.sum(1)
-    weakest = values.gather(1, width.clamp(max=count - 1)[:, None])[:, 0]  # the largest that is not scored again
-    most = int(width.amax()) if len(width) else k
-    kept, columns = kept[:, :most], columns[:, :most]
-    exact = torch.full(columns.shape, -torch.inf)
-    chosen = columns[kept]
-    exact[kept] = ragged_products(x, weight, chosen, width).add_(bias[chosen])
-    top_acts, top_indices = ordered(exact.relu_(), columns, k)
+    """Activations and indices [n, K], and bool [n]: certified. At most ``count`` groups of a row are looked at."""
+    n, num_latents = scores.shape
+    width = num_latents // GROUP
+    if 2 * count > width:  # groups would cover most of the row anyway: every entry is a group of its own
+        tail = scores[:, :0]
+        best, groups = scores.topk(count + 1, dim=1)
+        members = best[:, None, :count]
+    else:
+        grouped, tail = scores[:, : width * GROUP].unflatten(1, (GROUP, width)), scores[:, width * GROUP :]
+        best, groups = grouped.amax(1).topk(count + 1, dim=1)
+        members = grouped.gather(2, groups[:, None, :count].expand(-1, GROUP, -1))  # [n, GROUP, count]
+    # The k-th best maximum is at most the k-th best score, and hardly less. What lies further below it than twice the
+    # bound is not scored again; nor are the groups behind the first `count`.
+    kth = best[:, k - 1].double()
+    least = kth - 2 * (excluded_bound(kth, x, low, coder) - kth)
+    kept, kept_tail = members >= least[:, None, None], tail >= least[:, None]
+    rows, member, group = kept.nonzero().unbind(1)
+    columns, counts = groups[rows, group] + member * width, kept.sum((1, 2))
+    if tail.shape[1]:
+        rows_tail, columns_tail = kept_tail.nonzero().unbind(1)
+        order = torch.cat([rows, rows_tail]).argsort(stable=True)
+        columns = torch.cat([columns, columns_tail + width * GROUP])[order]
+        counts = counts + kept_tail.sum(1)
+    most = max(k, int(counts.amax()))
+    filled = torch.arange(most) < counts[:, None]
+    exact, where = torch.full((n, most), -torch.inf), torch.zeros((n, most), dtype=torch.int64)
+    exact[filled] = ragged_products(x, weight, columns, counts).add_(bias[columns])
+    where[filled] = columns
+    top_acts, top_indices = ordered(exact.relu_(), where, k)
+    weakest = torch.maximum(least, best[:, count].double())  # nothing that was not scored again is above it
     return top_acts, top_indices, top_acts[:, -1] > excluded_bound(weakest, x, low, coder)
