@@ -210,7 +210,8 @@ def test_plain_bfloat16_ranking_is_wrong_where_the_screen_is_certain():
 
 def test_without_its_bound_the_screen_would_be_wrong(monkeypatch):
     x, weight, bias = staircase(640)
-    monkeypatch.setattr(cpu_screen, "excluded_bound", lambda weakest, *_: weakest.double())  # as if nothing were rounded
+    as_if_exact = lambda weakest, *_: weakest.double()  # noqa: E731
+    monkeypatch.setattr(cpu_screen, "excluded_bound", as_if_exact)
     _, indices = cpu.encode(x, weight, bias, 8, screen=True)
     assert not torch.equal(indices, torch.arange(639, 631, -1).expand(5, -1))
 
