@@ -59,22 +59,25 @@ class MicroBatches:
                     raise
                 losses = None  # what the error holds on to is freed at the end of this block
             if losses is None:
-                self._halve(metrics.name, len(y_part))
+                self._halve(metrics.name, len(y_part), len(y))
                 todo.extendleft(reversed(list(zip(x_part.chunk(2), y_part.chunk(2), strict=True))))
                 optimizer = None
             else:
                 metrics.add(losses, len(y_part) / len(y))
 
-    def _halve(self, name: str, tokens: int) -> None:
+    def _halve(self, name: str, tokens: int, all_tokens: int) -> None:
+        """Of a batch of ``all_tokens``, a part of ``tokens`` did not fit: make parts of half that size."""
         if tokens == 1:
             raise OutOfMemoryError(
                 f"{name}: out of memory with one token at a time; lower --expansion-factor or --num-latents, "
                 "train fewer hookpoints at once, or choose --optimizer adam8bit"
             )
-        self.parts *= 2
-        logger.warning(
-            "%s: out of memory on %d tokens; from here on activations are trained in %d parts (--micro-acc-steps %d), "
-            "which changes no number beyond rounding", name, tokens, self.parts, self.parts,
-        )  # fmt: skip
+        parts = -(-all_tokens // (-(-tokens // 2)))
+        if parts > self.parts:  # else said already, of another part of this batch
+            self.parts = parts
+            logger.warning(
+                "%s: out of memory on %d tokens; from here on activations are trained in %d parts "
+                "(--micro-acc-steps %d), which changes no number beyond rounding", name, tokens, parts, parts,
+            )  # fmt: skip
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
