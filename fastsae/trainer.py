@@ -1,48 +1,32 @@
 """Trainer: one pass of a model over a dataset trains a coder at every hookpoint.
 
-Shapes: B sequences, S tokens each, N tokens after masking, D width. "step" is an optimizer step, "batch" a
-batch of sequences. A coder's forward and backward run inside the model's forward, as its activations
-appear: only one hookpoint's activations are alive at a time.
+"step" is an optimizer step, "batch" a batch of sequences. What a step does is in :mod:`.train_step`; here is what a run
+does: steps, records, checkpoints, stopping and going on.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
 from transformers import PreTrainedModel
 
-from . import loss
-from .activations import ModelPass
-from .batches import prefetched
 from .checkpoint import write_json
-from .coders import activation_size, find_hookpoints, init_biases, make_coders
 from .config import TrainConfig
 from .errors import ArtifactError
 from .interrupt import Interrupted, StopSignals
-from .metrics import TrainingMetrics, held_out_metrics
-from .micro_batches import MicroBatches
-from .optim import active_latents, apply_gradients, learning_rates, make_optimizer, make_schedule
-from .pretrained import load_pretrained, warn_of_other_size
 from .progress import CoderSummary, RunSummary, TrainProgress
 from .resume import check_same_run, rewind_metrics
-from .row_optimizer import RowOptimizer
-from .rows import Batches, split_held_out
 from .run_folder import create_run_folder
 from .saving import keep_best, keep_checkpoint, save_coders
 from .tracking import Tracker
-from .trainer_state import load_into, state_of
+from .train_step import StepTrainer
 from .training_state import drop_states, read_newest_state, write_state
 from .version import __version__
 
 
-class Trainer:
+class Trainer(StepTrainer):
     """Train coders on the activations of ``model`` over ``dataset`` (rows of ``input_ids``, equally long).
 
     ``model`` is any Hugging Face model; it is left as it was found. ``dataset`` has ``len`` and ``[i]``, or is a
@@ -51,30 +35,9 @@ class Trainer:
     """
 
     def __init__(self, cfg: TrainConfig, dataset: Any, model: PreTrainedModel, *, origin: dict[str, Any] | None = None):
-        self.cfg, self.model, self.origin = cfg, model, origin or {}
-        rows, self.held_out_rows = split_held_out(dataset, cfg.held_out)
-        self._held_out_start = self.held_out_rows.state_dict()
-        self._batches = Batches(rows, cfg.batch_size, pin=model.device.type == "cuda")
-        self._cursor: Callable[[], dict[str, Any]] = rows.snapshot()  # after the batches trained on
-        self.total_steps = -(-len(self._batches) // cfg.grad_acc_steps)
-        if self.total_steps == 0:
-            raise ArtifactError("dataset: expected at least one sequence to train on, got none")
-
-        self.hookpoints = find_hookpoints(model, cfg)
-        self._pass = ModelPass(model, self.hookpoints, transcode=cfg.sae.transcode, exclude_tokens=cfg.exclude_tokens)
-        self.coders = make_coders(cfg, self.hookpoints, model)
-        self._finetuned = {} if cfg.finetune is None else load_pretrained(self.coders, cfg.finetune, self._model_name())
-        self.metrics = {name: TrainingMetrics(name, coder) for name, coder in self.coders.items()}
-        low_dtype = model.dtype if model.device.type == "cuda" and model.dtype != torch.float32 else None
-        self.optimizer = make_optimizer(cfg, self.coders.values(), low_dtype)
-        self.schedule = make_schedule(cfg, self.optimizer, self.total_steps)
-        self.micro_batches = MicroBatches(cfg.micro_acc_steps)
+        super().__init__(cfg, dataset, model, origin=origin)
         self.folder: Path | None = None
-        self.step = 0
-        self.tokens = 0
-        self._seconds, self._start = 0.0, time.perf_counter()  # of this run before it was resumed
-        self._initialised = set(self._finetuned)
-        self._activation_sizes: dict[str, dict[str, float]] = {}  # by hookpoint, on its first batch
+        self._ended = False
 
     def fit(self, *, progress: bool = True) -> RunSummary:
         """Train to the end of the dataset, save, measure on the held-out sequences.
@@ -120,72 +83,20 @@ class Trainer:
             )
         if logged < self.step:  # a stream that ended before its limit
             self._log(tracker, bar)
+        self._ended = True
         self.save()
 
-    def train_step(self, batches: list[dict[str, Tensor]]) -> None:
-        """One optimizer step on the summed gradients of ``batches`` (each with ``input_ids [B, S]``)."""
-        share = 1 / len(batches)
-
-        def train(hookpoint: str, x: Tensor, y: Tensor) -> None:
-            self._train_hookpoint(hookpoint, x, y, share)
-
-        tokens = sum(self._pass.run(rows, train, at=f"step {self.step + 1}") for rows in batches)
-        self._lr = max(learning_rates(self.optimizer))
-        apply_gradients(self.optimizer, self.coders.values(), self.cfg.max_grad_norm)
-        self.schedule.step()
-        auxk = self.cfg.auxk_alpha > 0 and self.tokens + tokens > self.cfg.dead_feature_threshold
-        for metrics in self.metrics.values():
-            metrics.end_step(tokens, self.cfg.dead_feature_threshold if auxk else None)
-        self.step += 1
-        self.tokens += tokens
-
-    def _train_hookpoint(self, hookpoint: str, x: Tensor, y: Tensor, share: float) -> None:
-        if hookpoint not in self._activation_sizes:
-            self._activation_sizes[hookpoint] = activation_size(y)
-        variance = loss.total_variance(y)
-        for name, coder in self.coders.items():
-            if name.partition("/")[0] != hookpoint:
-                continue
-            if name in self._finetuned:
-                warn_of_other_size(name, self._finetuned.pop(name), self._activation_sizes[hookpoint])
-            if name not in self._initialised:
-                init_biases(coder, x, y)
-                self._initialised.add(name)
-            optimizer = self.optimizer if isinstance(self.optimizer, RowOptimizer) and self._in_place() else None
-            with self.metrics[name].stopwatch:
-                self.micro_batches.train(
-                    coder, x, y, self.metrics[name], self.cfg, variance=variance, share=share, optimizer=optimizer,
-                    k=active_latents(self.cfg, coder, self.step),
-                )  # fmt: skip
-            self.metrics[name].watch(self.step + 1, variance)
-
-    def _in_place(self) -> bool:
-        """Whether matrices can take their step inside the backward pass: nothing else needs their gradients."""
-        once = all(hookpoint.calls == 1 for hookpoint in self.hookpoints.values())
-        return once and self.cfg.grad_acc_steps == self.micro_batches.parts == 1 and self.cfg.max_grad_norm is None
-
-    def read_metrics(self) -> dict[str, float]:
-        """Means since the last reading; raises :class:`NonFiniteError` where training broke down."""
-        values: dict[str, float] = {}
-        threshold = self.cfg.dead_feature_threshold
-        per_coder = {name: metrics.read(threshold) for name, metrics in self.metrics.items()}
-        values["fvu"] = sum(v["fvu"] for v in per_coder.values()) / len(per_coder)
-        values["lr"], values["tokens"] = self._lr, self.tokens
-        for name, coder_values in per_coder.items():
-            values.update({f"{key}/{name}": value for key, value in coder_values.items()})
-        return values
-
-    def evaluation_weights(self) -> AbstractContextManager[None]:
-        """Inside the block coders have the weights to use: averaged ones, where the optimizer averages."""
-        if isinstance(self.optimizer, RowOptimizer):
-            return self.optimizer.evaluation_weights(self.coders.values())
-        return nullcontext()
-
-    def held_out_metrics(self) -> dict[str, dict[str, float]]:
-        """FVU and L0 of every coder on the held-out sequences."""
-        self.held_out_rows.load_state_dict(self._held_out_start)
-        with self.evaluation_weights():
-            return held_out_metrics(self.coders, self._pass, Batches(self.held_out_rows, self.cfg.batch_size))
+    def _log(self, tracker: Tracker, bar: TrainProgress) -> None:
+        values = self.read_metrics()
+        values["tokens_per_second"] = self.tokens / (time.perf_counter() - self._start)
+        try:
+            tracker.log(self.step, values)
+        except OSError as error:
+            raise ArtifactError(
+                f"output: could not write {self.folder}/metrics.jsonl: {error.strerror}; "
+                f"free some space, then: fastsae train --resume {self.folder}"
+            ) from None
+        bar.show(values["tokens_per_second"], values["fvu"])
 
     def summarise(self, seconds: float) -> RunSummary:
         """The end of a run, in numbers."""
@@ -205,8 +116,6 @@ class Trainer:
         )
         return RunSummary(folder=self.folder, coders=tuple(rows), seconds=seconds, dead_window=window)
 
-    # ---- saving and going on ----
-
     def save(self) -> None:
         """Write the training state and every coder into the run's folder, unless the training of any broke down."""
         assert self.folder is not None
@@ -220,7 +129,7 @@ class Trainer:
         assert self.folder is not None
         for name, coder in self.coders.items():
             coder.notes = self._notes(name)
-        checkpoint = self._save_is_due() or self.step == self.total_steps  # else a stop, which leaves no trace
+        checkpoint = self._save_is_due() or self._ended  # else a stop, which leaves no trace
         held_out = self.held_out_metrics() if self.cfg.save_best and checkpoint else None
         with self.evaluation_weights():
             save_coders(self.folder, self.coders)
@@ -250,55 +159,6 @@ class Trainer:
         self.load_state_dict(state)
         rewind_metrics(Path(folder), step)
         self.folder = Path(folder)
-
-    def state_dict(self) -> dict[str, Any]:
-        """All that the next step depends on: plain values, and tensors."""
-        return {
-            "config": self.cfg.to_dict(),
-            "step": self.step,
-            "tokens": self.tokens,
-            "seconds": time.perf_counter() - self._start,
-            "micro_batches": self.micro_batches.parts,
-            "initialised": sorted(self._initialised),
-            "activation_sizes": self._activation_sizes,
-            "data": self._cursor(),
-            **state_of(self.coders, self.metrics, self.optimizer, self.schedule),
-        }
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go where :meth:`state_dict` was taken; raises :class:`CheckpointError` where other coders or data were."""
-        self._batches.rows.load_state_dict(state["data"])
-        self._cursor = self._batches.rows.snapshot()
-        threshold = self.cfg.dead_feature_threshold
-        load_into(self.coders, self.metrics, self.optimizer, self.schedule, state, threshold)
-        self.step, self.tokens, self._seconds = state["step"], state["tokens"], state["seconds"]
-        self.micro_batches = MicroBatches(max(state["micro_batches"], self.cfg.micro_acc_steps))
-        self._initialised, self._activation_sizes = set(state["initialised"]), state["activation_sizes"]
-
-    def _steps(self) -> Iterator[tuple[list[dict[str, Tensor]], Callable[[], dict[str, Any]]]]:
-        """Batches of each step, read ahead by a thread, with the cursor after exactly these."""
-
-        def read() -> Iterator[tuple[list[dict[str, Tensor]], Callable[[], dict[str, Any]]]]:
-            batches = iter(self._batches)
-            while group := list(islice(batches, self.cfg.grad_acc_steps)):
-                yield group, self._batches.rows.snapshot()
-
-        return prefetched(read())
-
-    def _log(self, tracker: Tracker, bar: TrainProgress) -> None:
-        values = self.read_metrics()
-        values["tokens_per_second"] = self.tokens / (time.perf_counter() - self._start)
-        try:
-            tracker.log(self.step, values)
-        except OSError as error:
-            raise ArtifactError(
-                f"output: could not write {self.folder}/metrics.jsonl: {error.strerror}; "
-                f"free some space, then: fastsae train --resume {self.folder}"
-            ) from None
-        bar.show(values["tokens_per_second"], values["fvu"])
-
-    def _model_name(self) -> str:
-        return str(self.origin.get("model") or self.model.name_or_path or type(self.model).__name__)
 
     def _notes(self, name: str) -> dict[str, Any]:
         hookpoint = name.partition("/")[0]

@@ -1,7 +1,7 @@
 """A run's training state on disk: all that the next step depends on, whole or not at all, without pickle.
 
-    RUN/state/step-N/state.json             numbers, texts, lists, dicts; and the hashes of both files' content
-    RUN/state/step-N/tensors.safetensors    every tensor in it, byte for byte
+    RUN/state/step-N/state.json             numbers, texts, lists, dicts; and the hashes of all files' content
+    RUN/state/step-N/tensors-0.safetensors  every tensor in it, byte for byte, in files of about 2 GB
 
 A folder of that name is complete: it is filled beside, brought to the disk, and renamed. The last two are kept,
 so that there is one to go on from when the newest turns out damaged.
@@ -14,6 +14,7 @@ import json
 import logging
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,8 @@ logger = logging.getLogger("fastsae")
 STATE = "state"
 KEPT = 2
 FORMAT = 1
-STATE_FILE, TENSORS_FILE = "state.json", "tensors.safetensors"
+STATE_FILE = "state.json"
+SHARD_BYTES = 2 << 30  # held in memory beside the tensors' own while they are written
 _TENSOR = "__tensor__"
 
 
@@ -109,31 +111,52 @@ def _saved(run: Path) -> list[tuple[int, Path]]:
 def _write_files(folder: Path, state: dict[str, Any]) -> None:
     tensors: dict[str, Tensor] = {}
     plain = _take_tensors(state, "", tensors)
-    save_file(tensors, folder / TENSORS_FILE)
-    record = {"format": FORMAT, "state_sha256": _hash(plain), "tensors_sha256": sha256(folder / TENSORS_FILE)}
-    (folder / STATE_FILE).write_text(json.dumps({**record, "state": plain}), encoding="utf-8")
-    for path in (folder / TENSORS_FILE, folder / STATE_FILE, folder):
+    hashes = {}
+    for i, shard in enumerate(_shards(tensors)):
+        path = folder / f"tensors-{i}.safetensors"
+        save_file({name: tensors[name].detach().cpu().contiguous() for name in shard}, path)
         _to_disk(path)
+        hashes[path.name] = sha256(path)
+    record = {"format": FORMAT, "state_sha256": _hash(plain), "tensors_sha256": hashes}
+    (folder / STATE_FILE).write_text(json.dumps({**record, "state": plain}), encoding="utf-8")
+    _to_disk(folder / STATE_FILE)
+    _to_disk(folder)
+
+
+def _shards(tensors: dict[str, Tensor]) -> Iterator[list[str]]:
+    """The tensors' names, in groups of about SHARD_BYTES."""
+    names: list[str] = []
+    size = 0
+    for name, tensor in tensors.items():
+        if names and size + tensor.nbytes > SHARD_BYTES:
+            yield names
+            names, size = [], 0
+        names.append(name)
+        size += tensor.nbytes
+    yield names
 
 
 def _read_files(folder: Path) -> dict[str, Any]:
     try:
         record = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
         whole = _hash(record["state"]) == record["state_sha256"]
-        whole = whole and sha256(folder / TENSORS_FILE) == record["tensors_sha256"]
+        whole = whole and all(sha256(folder / name) == expected for name, expected in record["tensors_sha256"].items())
     except (ValueError, KeyError, TypeError, OSError) as error:
         raise CheckpointError(f"{folder}: expected a training state, got unreadable files ({error})") from None
     if not whole:
         raise CheckpointError(f"{folder}: expected the files that were saved, got others: their hashes differ")
     if record["format"] != FORMAT:
         raise CheckpointError(f"{folder}: expected a training state of format {FORMAT}, got {record['format']!r}")
-    return _put_tensors(record["state"], load_file(folder / TENSORS_FILE))
+    tensors: dict[str, Tensor] = {}
+    for name in record["tensors_sha256"]:
+        tensors |= load_file(folder / name)
+    return _put_tensors(record["state"], tensors)
 
 
 def _take_tensors(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
     """``value`` with every tensor replaced by a name, under which it is put into ``tensors``."""
     if isinstance(value, Tensor):
-        tensors[path] = value.detach().cpu().contiguous()
+        tensors[path] = value
         return {_TENSOR: path}
     if isinstance(value, dict):
         if wrong := [key for key in value if not isinstance(key, str)]:

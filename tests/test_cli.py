@@ -134,6 +134,18 @@ def test_the_embedded_default(tmp_path, capsys):
         (["train", "demo", "./tokens.bin"], "error: dataset: expected a .bin file of token ids, got './tokens.bin'"),
         (["train", "--log-to", "mlflow"], "error: log_to: expected a list of 'wandb' or 'tensorboard'"),
         (["train", "--config", "nowhere.yaml"], "error: config: expected a YAML or JSON file, got nowhere.yaml"),
+        (
+            ["train", "--resume", "./nowhere"],
+            "error: resume: expected a run's folder with config.json, got './nowhere'",
+        ),
+        (["train", "--resume", ".", "--k", "3"], "error: resume: expected no --k, a resumed run goes on with its own"),
+        (["train", "gpt2", "--resume", "."], "error: resume: expected no --model, a resumed run goes on with its own"),
+        (["train", "--set", "h.0:kk=3"], "error: set: expected a field of a coder, got 'kk' in 'h.0:kk=3'"),
+        (["train", "--max-grad-norm", "0"], "error: max_grad_norm: expected a positive number, got 0"),
+        (
+            ["train", "--finetune", "./nowhere", "--max-tokens", "512", "--layers", "1"],
+            "expected a run's folder or a hub id, got './nowhere'",
+        ),
         (["train", "--k", "many"], "Invalid value for '--k'"),
         (["train", "--bogus", "1"], "No such option: --bogus"),
         (["hookpoints", "./nowhere"], "error: model: expected a folder or hub id"),

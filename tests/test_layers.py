@@ -29,6 +29,7 @@ FLOORS = {
         "joint optim",
         "metrics saved model_card",
         "micro_batches pretrained trainer_state",
+        "train_step",
         "trainer eval encode push",
         "report activation_cache",
         "run bench compat.sparsify",
@@ -85,7 +86,7 @@ KERNELS_MAY_IMPORT = {
 }
 MAY_IMPORT_KERNELS = {"ops.py", "row_optimizer.py", "bench/cases.py"}
 MAY_IMPORT_HUGGING_FACE = {
-    *("hooks.py", "run.py", "model.py", "trainer.py", "coders.py", "cli.py", "demo/build.py"),
+    *("hooks.py", "run.py", "model.py", "trainer.py", "train_step.py", "coders.py", "cli.py", "demo/build.py"),
     *("activations.py", "data.py", "sources.py", "stream.py", "tokens.py", "eval/evaluate.py", "eval/tokens.py"),
     *("compat/sparsify/data.py", "compat/sparsify/trainer.py"),
 }

@@ -13,7 +13,7 @@ import torch
 from datasets import Dataset
 from models import make_model, token_rows
 
-from fastsae import FastSae, SaeConfig, TrainConfig, Trainer
+from fastsae import FastSae, SaeConfig, TrainConfig, Trainer, training_state
 from fastsae.errors import ArtifactError, CheckpointError, ConfigError
 from fastsae.interrupt import Interrupted
 from fastsae.rows import MapRows, RowSource
@@ -138,7 +138,7 @@ def test_a_stream_goes_on_where_it_was_though_it_was_read_ahead(tmp_path, uninte
 def test_a_damaged_state_is_refused_by_name_and_the_one_before_is_used(tmp_path, uninterrupted, caplog):
     run = stopped(make_trainer(tmp_path), 9)
     assert sorted(path.name for path in (run / "state").iterdir()) == ["step-8", "step-9"]
-    tensors = run / "state/step-9/tensors.safetensors"
+    tensors = run / "state/step-9/tensors-0.safetensors"
     content = bytearray(tensors.read_bytes())
     content[-100] ^= 1  # one bit
     tensors.write_bytes(content)
@@ -150,7 +150,16 @@ def test_a_damaged_state_is_refused_by_name_and_the_one_before_is_used(tmp_path,
     assert files(run) == uninterrupted()
 
 
-@pytest.mark.parametrize("name", ["tensors.safetensors", "state.json"])
+def test_large_states_are_written_in_parts(tmp_path, uninterrupted, monkeypatch):
+    monkeypatch.setattr(training_state, "SHARD_BYTES", 10_000)
+    run = stopped(make_trainer(tmp_path), 5)
+    sizes = [path.stat().st_size for path in (run / "state/step-5").glob("tensors-*.safetensors")]
+    assert len(sizes) > 5
+    assert max(sizes) < 12_000
+    assert files(resumed(make_trainer(tmp_path), run)) == uninterrupted()
+
+
+@pytest.mark.parametrize("name", ["tensors-0.safetensors", "state.json"])
 def test_cut_off_states_are_refused(tmp_path, name):
     run = stopped(make_trainer(tmp_path), 2)
     path = run / "state/step-2" / name
