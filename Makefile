@@ -8,7 +8,7 @@ install:      ## the package with everything for development, editable
 	pip install -e ".[dev,interop]"
 
 test:         ## all tests; kernels run in Triton's interpreter where there is no GPU
-	pytest
+	pytest -n 2 --dist loadfile
 
 compile:      ## every kernel compiled and interpreted by another Triton: make compile TRITON=3.6.0
 	pip install --quiet --no-deps --upgrade --target .triton triton==$(or $(TRITON),$(error expected a version of Triton, got none; make compile TRITON=3.6.0))

@@ -82,7 +82,7 @@ PACKAGES = {
 }
 KERNELS_MAY_IMPORT = {
     *("__future__", "torch", "triton", "typing", "os", "functools", "math", "dataclasses", "collections"),
-    *("contextlib", "types", "json", "logging", "pathlib", "tempfile", "warnings"),
+    *("contextlib", "types", "json", "logging", "pathlib", "tempfile", "threading", "warnings"),
 }
 MAY_IMPORT_KERNELS = {"ops.py", "row_optimizer.py", "bench/cases.py"}
 MAY_IMPORT_HUGGING_FACE = {
