@@ -32,7 +32,7 @@ from torch import Tensor
 CASES = {  # name: device, N, D, L, k, lr, steps, hookpoint of the embedded model or None
     "C1": ("cpu", 2048, 768, 12288, 32, 3e-4, 24, None),
     "C2": ("cpu", 1024, 768, 24576, 32, 3e-4, 24, None),
-    "M1": ("cpu", 2048, 512, 8192, 32, 1e-3, 60, "h.3.mlp.act"),
+    "M1": ("cpu", 2048, 512, 8192, 32, 1e-3, 30, "h.3.mlp.act"),
     "tiny": ("cpu", 64, 32, 256, 4, 1e-3, 4, None),
     "S1": ("cuda", 8192, 768, 24576, 32, 2e-4, 60, None),
     "S2": ("cuda", 8192, 4096, 131072, 64, 1e-4, 20, None),
