@@ -18,6 +18,7 @@ from fastsae.errors import ArtifactError, CheckpointError, ConfigError
 from fastsae.interrupt import Interrupted
 from fastsae.rows import MapRows, RowSource
 from fastsae.stream import TokenStream
+from fastsae.tracking import Tracker
 
 STEPS = 10
 
@@ -186,6 +187,26 @@ def test_a_disk_that_fills_up_costs_no_run(tmp_path, uninterrupted, largest_file
     assert [path.name for path in (run / "state").iterdir()] == ["step-4"]
     assert FastSae.load_from_disk(run / "h.0").notes["step"] == 4
     assert files(resumed(make_trainer(tmp_path), run)) == uninterrupted()
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full, a disk without space")
+def test_records_that_cannot_be_written_end_the_run_in_one_line(tmp_path, uninterrupted, monkeypatch):
+    class FullTracker(Tracker):
+        def __init__(self, *args):
+            super().__init__(*args)
+            self._file.close()
+            self._file = open("/dev/full", "a", buffering=1)  # noqa: SIM115
+
+    with monkeypatch.context() as patch:
+        patch.setattr("fastsae.trainer.Tracker", FullTracker)
+        trainer = make_trainer(tmp_path, log_every=5)
+        with pytest.raises(ArtifactError, match=r"could not write .*metrics.jsonl: No space left on device; free some"):
+            trainer.fit(progress=False)
+    trainer = make_trainer(tmp_path, log_every=5)
+    trainer.resume(tmp_path / "run")
+    assert trainer.step == 4
+    trainer.fit(progress=False)
+    assert files(tmp_path / "run") == uninterrupted(log_every=5)
 
 
 def test_a_finished_run_cannot_be_resumed(tmp_path):
