@@ -28,7 +28,7 @@ from fastsae import (
     load_tokens,
     micro_batches,
 )
-from fastsae import trainer as trainer_module
+from fastsae import train_step as step_module
 
 
 def main() -> None:
@@ -46,7 +46,7 @@ def main() -> None:
         trainer = Trainer(cfg, tokens, model)
         watch(micro_batches, "joint_step", "coder step", seconds)
         watch(activations, "run_hooked", "model and coders", seconds)
-        watch(trainer_module, "apply_gradients", "optimizer", seconds)
+        watch(step_module, "apply_gradients", "optimizer", seconds)
         watch(activations, "prepare", "data", seconds)
         batches = trainer._steps()
         total = -time.perf_counter()

@@ -1,0 +1,63 @@
+"""The measuring scripts run, and what they print adds up; their figures are no tests."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+
+
+def run(script: str, *arguments: str) -> str:
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, BENCHMARKS / script, *arguments], env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_the_profile_adds_up():
+    out = run("profile_training.py", "--tokens", "6000")
+    shares = dict(re.findall(r"^(model forward|coder step|optimizer|data|rest) .*?([\d.]+) %$", out, re.M))
+    assert len(shares) == 5
+    assert sum(map(float, shares.values())) == pytest.approx(100, abs=0.3)
+    assert float(shares["coder step"]) > 1
+    assert float(shares["model forward"]) > 1
+
+
+def test_growth_doubles_what_it_says(tmp_path):
+    run("growth.py", "--doublings", "1", "--json", str(tmp_path / "growth.json"))
+    rows = json.loads((tmp_path / "growth.json").read_text())
+    assert [(row["N"], row["L"]) for row in rows] == [(512, 4096), (1024, 4096), (512, 4096), (512, 8192)]
+    assert all(row["ms"] > 0 for row in rows)
+
+
+def test_the_table_is_made_of_the_record(tmp_path):
+    result = {"median_ms": 10.0, "peak_mib": 5.0, "fvu": 0.25, "ms": [10.0]}
+    record = {
+        "environment": {"gpu": None, "cpu": "CPU", "threads": 2, "date": "2026-01-01", "commit": "abcdef012"}
+        | {"versions": {"fastsae": "1", "triton": None}},
+        "cases": {
+            "C": {
+                "setting": {"N": 1, "D": 2, "L": 3, "k": 4, "steps": 5},
+                "hookpoint": None,
+                "results": {"fastsae": result, "sparsify": result | {"median_ms": 40.0}},
+            }
+        },
+    }
+    (tmp_path / "r.json").write_text(json.dumps(record))
+    page = tmp_path / "README.md"
+    page.write_text("a\n<!-- peers-table -->\nold\n<!-- /peers-table -->\nb\n")
+    run("peers/table.py", str(tmp_path / "r.json"), "--write", str(page))
+    assert "|  | sparsify | 40 | 0.25 of it | 5 | 0.2500 |" in page.read_text()
+    assert "commit abcdef0, fastsae 1." in page.read_text()
+    assert "old" not in page.read_text()
+    assert page.read_text().startswith("a\n")
+    assert page.read_text().endswith("b\n")
