@@ -89,9 +89,9 @@ class Rounded(NamedTuple):
     bias_error: Tensor  # max |δb|
 
 
-def round_coder(weight: Tensor, bias: Tensor) -> Rounded:
-    """Round ``weight`` [L, D] and ``bias`` [L] to bfloat16, measuring the errors made."""
-    rounded = torch.empty_like(weight, dtype=torch.bfloat16)
+def round_coder(weight: Tensor, bias: Tensor, out: Tensor | None = None) -> Rounded:
+    """Round ``weight`` [L, D] (into ``out``) and ``bias`` [L] to bfloat16, measuring the errors made."""
+    rounded = torch.empty_like(weight, dtype=torch.bfloat16) if out is None else out
     norms, errors = [], []
     for part, out in zip(weight.split(LATENTS), rounded.split(LATENTS), strict=True):
         out.copy_(part)
@@ -112,9 +112,14 @@ def norm(rows: Tensor) -> Tensor:
     return torch.linalg.vector_norm(rows, dim=1).double() * (1 + D * 2.0**-23) + D**0.5 * 2.0**-63
 
 
-def excluded_bound(weakest: Tensor, x: Tensor, x_low: Tensor, coder: Rounded) -> Tensor:
-    """U above: [n] float64, infinite or NaN where nothing can be promised. ``weakest`` is t, [n]."""
-    t, size, error = weakest.double(), norm(x), norm(x - x_low)
+def excluded_bound(
+    weakest: Tensor, x: Tensor, x_low: Tensor, coder: Rounded, norms: tuple[Tensor, Tensor] | None = None
+) -> Tensor:
+    """U above: [n] float64, infinite or NaN where nothing can be promised. ``weakest`` is t, [n].
+
+    ``norms``: of x and of x - x_low, where the caller has them.
+    """
+    t, (size, error) = weakest.double(), norms or (norm(x), norm(x - x_low))
     scale = size * coder.norm + coder.bias_size
     stored = UNIT_ROUNDOFF * (2.02 * t.abs() + coder.bias_size) + coder.bias_error
     rounding = error * coder.norm + (size + error) * coder.error
@@ -131,10 +136,10 @@ def screened_topk(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Activations [N, K], indices [N, K], and bool [N]: which tokens are certified. The others hold nothing."""
     N = len(x)
-    coder = round_coder(weight, bias)
+    coder = round_coder(weight, bias, _scratch("weight", *weight.shape))
     top_acts, top_indices = x.new_empty(N, k), torch.empty(N, k, dtype=torch.int64)
     certified = torch.zeros(N, dtype=torch.bool)
-    scratch = _scratch(min(chunk, N), weight.shape[0])
+    scratch = _scratch("scores", min(chunk, N), weight.shape[0])
     for start in range(0, N, chunk):
         part = x[start : start + chunk]
         low = part.to(torch.bfloat16)
@@ -157,13 +162,14 @@ def screened_topk(
     return top_acts, top_indices, certified
 
 
-def _scratch(rows: int, num_latents: int) -> Tensor:
-    """Uninitialised bfloat16 [rows, L]; a thread's calls share the memory, for fresh pages cost their zeroing."""
-    numbers = rows * num_latents
-    kept = getattr(_memory, "scores", None)
+def _scratch(use: str, rows: int, columns: int) -> Tensor:
+    """Uninitialised bfloat16 [rows, columns]; a thread's calls share its memory, for fresh pages cost their zeroing."""
+    numbers = rows * columns
+    kept = getattr(_memory, use, None)
     if kept is None or len(kept) < numbers:
-        kept = _memory.scores = torch.empty(numbers, dtype=torch.bfloat16)
-    return kept[:numbers].view(rows, num_latents)
+        kept = torch.empty(numbers, dtype=torch.bfloat16)
+        setattr(_memory, use, kept)
+    return kept[:numbers].view(rows, columns)
 
 
 def _rank(
@@ -189,8 +195,8 @@ def _rank(
         members = grouped.gather(2, groups[:, None, :count].expand(-1, GROUP, -1))  # [n, GROUP, count]
     # The k-th best maximum is at most the k-th best score, and hardly less. What lies further below it than twice the
     # bound is not scored again; nor are the groups behind the first `count`.
-    kth = best[:, k - 1].double()
-    least = kth - 2 * (excluded_bound(kth, x, low, coder) - kth)
+    kth, norms = best[:, k - 1].double(), (norm(x), norm(x - low))
+    least = kth - 2 * (excluded_bound(kth, x, low, coder, norms) - kth)
     kept, kept_tail = members >= least[:, None, None], tail >= least[:, None]
     rows, member, group = kept.nonzero().unbind(1)
     columns, counts = groups[rows, group] + member * width, kept.sum((1, 2))
@@ -206,4 +212,4 @@ def _rank(
     where[filled] = columns
     top_acts, top_indices = ordered(exact.relu_(), where, k)
     weakest = torch.maximum(least, best[:, count].double())  # nothing that was not scored again is above it
-    return top_acts, top_indices, top_acts[:, -1] > excluded_bound(weakest, x, low, coder)
+    return top_acts, top_indices, top_acts[:, -1] > excluded_bound(weakest, x, low, coder, norms)

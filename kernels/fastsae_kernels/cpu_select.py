@@ -51,7 +51,14 @@ def largest(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 
 def ordered(values: Tensor, columns: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k largest of [n, C >= K] distinct columns, larger first, equal ones by column; zeros filled in."""
+    """The k largest of [n, C >= K] distinct columns, larger first, equal ones by column; zeros filled in.
+
+    Values are not negative. float32 ones sort as integers together with their columns, in one go.
+    """
+    if values.dtype == torch.float32:
+        keys = values.view(torch.int32).masked_fill(values.isnan(), 0x7FFFFFFF).long() << 32
+        top = (keys | (columns ^ 0x7FFFFFFF)).topk(k, dim=1).values
+        return fill_zeros((top >> 32).int().view(torch.float32), (top & 0x7FFFFFFF) ^ 0x7FFFFFFF)
     columns, order = columns.sort(dim=1)
     values, order = values.gather(1, order).sort(dim=1, descending=True, stable=True)
     return fill_zeros(values[:, :k], columns.gather(1, order[:, :k]))
