@@ -68,6 +68,26 @@ def test_the_training_example(tmp_path, model_folder, monkeypatch):
         assert encoded.top_acts.shape == encoded.top_indices.shape == (len(hidden_state), 4)
 
 
+def test_the_finetuning_example(tmp_path):
+    """README: «--finetune» goes on from saved coders, here from Python, as sparsify's TrainConfig takes it."""
+    model, rows = make_model("gpt2"), token_rows(24, 16)
+    first = Trainer(make_config(tmp_path, hookpoints=["h.0", "h.1"], run_name="first"), rows, model)
+    first.fit()
+    saved = Sae.load_many(tmp_path / "first", local=True)
+    cfg = make_config(
+        tmp_path, hookpoints=["h.0", "h.1"], run_name="second", finetune=str(tmp_path / "first"), lr=1e-4
+    )  # fmt: skip
+    second = Trainer(cfg, rows, model)
+    for name, sae in second.saes.items():
+        for key, tensor in saved[name].state_dict().items():
+            torch.testing.assert_close(sae.state_dict()[key], tensor, rtol=1e-5, atol=1e-6)
+    second.fit()
+    for name, sae in Sae.load_many(tmp_path / "second", local=True).items():
+        moved = (sae.encoder.weight - saved[name].encoder.weight).abs().max()
+        assert 0 < moved < 0.05  # it went on, and from there
+        torch.testing.assert_close(sae.b_dec, saved[name].b_dec, rtol=0, atol=0.05)  # not started anew
+
+
 def test_loading_one(tmp_path):
     sae = Sae(D, SaeConfig(num_latents=L, k=K))
     sae.save_to_disk(tmp_path / "layers.10")
