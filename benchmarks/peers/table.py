@@ -21,10 +21,10 @@ def main() -> None:
         print(text)
         return
     page = args.write.read_text()
-    pattern = r"(<!-- peers-table -->\n).*?(\n<!-- /peers-table -->)"
+    pattern = r"(<!-- peers-table -->\n).*?(<!-- /peers-table -->)"
     if not re.search(pattern, page, re.S):
         raise SystemExit(f"expected <!-- peers-table --> and <!-- /peers-table --> in {args.write}, found none")
-    args.write.write_text(re.sub(pattern, lambda match: match[1] + text + match[2], page, flags=re.S))
+    args.write.write_text(re.sub(pattern, lambda match: match[1] + text + "\n" + match[2], page, flags=re.S))
 
 
 def table(record: dict, path: Path) -> str:
