@@ -20,7 +20,7 @@ def test_convert_and_info(capsys, folder, tmp_path, monkeypatch):
     code, out, err = run(capsys, "convert", str(folder), str(tmp_path / "out"), "--to", "saelens")
     assert (code, err) == (0, "")
     assert out == f"2 coders written to {tmp_path / 'out'} as saelens\n"
-    monkeypatch.setenv("COLUMNS", "160")
+    monkeypatch.setenv("COLUMNS", "300")
     code, out, _ = run(capsys, "info", str(tmp_path / "out"))
     assert code == 0
     head, first, second = (line.split() for line in out.splitlines())
