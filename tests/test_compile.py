@@ -40,7 +40,7 @@ MAX_REGISTERS = {
         "decode": 208,
         "act_grad": 80,
         "latent_grad": 128,
-        "row_update": 112,
+        "row_update": 120,
         "latent_step": 208,
     },
     "3.6": {
@@ -52,7 +52,7 @@ MAX_REGISTERS = {
         "decode": 208,
         "act_grad": 80,
         "latent_grad": 128,
-        "row_update": 112,
+        "row_update": 120,
         "latent_step": 208,
     },
 }

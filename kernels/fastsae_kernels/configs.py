@@ -252,7 +252,7 @@ def latent_grad_config(D: int, itemsize: int) -> LatentGradConfig:
 
 def update_warps(BLOCK_D: int, family: str) -> int:
     """Warps of an optimizer's kernel that holds a row of BLOCK_D columns, its gradient and its moments."""
-    warps = max(1, min(16, BLOCK_D // 256))
+    warps = max(1, BLOCK_D // (256 if BLOCK_D <= 1024 else 512))
     return max(1, warps // 2) if family == "gfx942" else warps  # of 64 threads there
 
 
