@@ -4,7 +4,7 @@ Shapes: N tokens, D width, L latents, K active latents; n rows of a chunk, C can
 
 A bfloat16 product ranks all latents, the best ones per token are scored again in float32, and the k best of these
 are returned, provided that no excluded latent can beat them. How many are scored again is up to the scores: those
-that lie within twice the bound below the k-th, of at most C = 2k, or more for the tokens that need them.
+that lie within twice the bound below the k-th, in at most C = 2k groups, or more for the tokens that need them.
 
 Bound. Write x̂, ŵ, b̂ for the operands rounded to bfloat16, δ for the rounding errors (known exactly: they
 are computed, not bounded), u = 2⁻⁸ for bfloat16's unit roundoff and t for the largest screening score that was

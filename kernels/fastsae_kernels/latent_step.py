@@ -101,14 +101,9 @@ def decode_residual(
     """``x̂ - target`` [N, E] and its squared error []; with ``first_k`` [2, N, E] and [2]."""
     with torch.cuda.device_of(top_acts):
         out = _decode_residual(
-            top_acts, top_indices, used_decoder(coder), coder.b_dec, target, dtype, first_k=first_k or None
+            top_acts, top_indices, coder.used_W_dec, coder.b_dec, target, dtype, first_k=first_k or None
         )
     return out.residual, out.sse.sum((-2, -1))
-
-
-def used_decoder(coder: Coder) -> Tensor:
-    """The decoder in the precision that the step computes in."""
-    return coder.W_dec if coder.low_W_dec is None else coder.low_W_dec
 
 
 def backward(batch: Batch, coder: Coder, aux: AuxGrads | None, sink: Sink) -> tuple[Tensor, Tensor]:
@@ -118,14 +113,14 @@ def backward(batch: Batch, coder: Coder, aux: AuxGrads | None, sink: Sink) -> tu
             return _dense(batch, coder, aux, sink)
         if isinstance(sink, RowStep) and _one_kernel(sink):
             return _fused(batch, coder, aux, sink)
-        grads = _grads(batch, used_decoder(coder))
+        grads = _grads(batch, coder.used_W_dec)
         block = RowGrads(0, len(coder.bias), grads.dW_enc, grads.db_enc, grads.dW_dec)
         return deliver([block], coder, aux, _kernel_sink(sink))
 
 
 def _dense(batch: Batch, coder: Coder, aux: AuxGrads | None, sink: Sink) -> tuple[Tensor, Tensor]:
     """By dense products in the residual's precision, summed in float32 by the matrix unit."""
-    W_dec = used_decoder(coder)
+    W_dec = coder.used_W_dec
     slopes = dense_step.act_grads(batch, batch.residual, W_dec.to(batch.residual.dtype)) * batch.scale
     blocks = (
         block._replace(dW_dec=block.dW_dec * batch.scale)
@@ -163,7 +158,7 @@ def _fused(batch: Batch, coder: Coder, aux: AuxGrads | None, sink: RowStep) -> t
     blocks = triton.cdiv(L, config.LATENTS)
     index, residual, x = batch.index, batch.residual.contiguous(), batch.x.contiguous()
     partials = chunk_partials(
-        index, (N, K, L, D), residual, batch.top_acts, used_decoder(coder), x, batch.first_k, batch.scale
+        index, (N, K, L, D), residual, batch.top_acts, coder.used_W_dec, x, batch.first_k, batch.scale
     )
     d_bias = x.new_empty(L, dtype=torch.float32)
     through = x.new_empty((blocks, D), dtype=torch.float32) if coder.centered else None

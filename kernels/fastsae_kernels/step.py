@@ -73,9 +73,7 @@ def coder_step(
         raise ValueError(f"coder_step: expected multi_k > k = {k} and TopK, got {loss.multi_k} and {activation!r}")
     backend = _backend(implementation)
     centered = reference.center(x, coder.b_dec if coder.centered else None)
-    acts, indices = backend.encode(
-        centered, _first(coder.low_weight, coder.weight), coder.bias, loss.multi_k or k, activation, None
-    )
+    acts, indices = backend.encode(centered, coder.used_weight, coder.bias, loss.multi_k or k, activation, None)
     first_k = k if loss.multi_k else 0
     goal = target if coder.W_skip is None else target - (x.to(coder.W_skip.dtype) @ coder.W_skip.T).to(target.dtype)
     residual, sse = backend.decode_residual(acts, indices, coder, goal, x.dtype, first_k)  # [2, N, E] with first_k
@@ -108,10 +106,6 @@ def _backend(implementation: str) -> ModuleType:
     else:
         raise ValueError(f"implementation: expected 'triton', 'cpu' or 'reference', got {implementation!r}")
     return backend
-
-
-def _first(preferred: Tensor | None, otherwise: Tensor) -> Tensor:
-    return otherwise if preferred is None else preferred
 
 
 def _auxk(x: Tensor, residual: Tensor, coder: Coder, loss: Loss) -> AuxGrads | None:

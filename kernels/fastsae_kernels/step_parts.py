@@ -29,6 +29,16 @@ class Coder(NamedTuple):
     low_weight: Tensor | None = None  # [L, D]: weight in x's dtype, where the optimizer keeps such a copy
     low_W_dec: Tensor | None = None  # [L, E]
 
+    @property
+    def used_weight(self) -> Tensor:
+        """The encoder in the precision that the step computes in: its narrow copy where there is one."""
+        return self.weight if self.low_weight is None else self.low_weight
+
+    @property
+    def used_W_dec(self) -> Tensor:
+        """The same of the decoder."""
+        return self.W_dec if self.low_W_dec is None else self.low_W_dec
+
 
 @dataclass(frozen=True, eq=False)
 class Batch:
