@@ -23,6 +23,7 @@ def test_convert_and_info(capsys, folder, tmp_path, monkeypatch):
     monkeypatch.setenv("COLUMNS", "300")
     code, out, _ = run(capsys, "info", str(tmp_path / "out"))
     assert code == 0
+    assert len(out.splitlines()) == 3, out
     head, first, second = (line.split() for line in out.splitlines())
     assert head == ["coder", "format", "kind", "width", "latents", "dtype", "hookpoint", "model", "from"]
     assert first[:10] == ["h.0.mlp", "saelens", "topk", "k=4", "16", "48", "float32", "h.0.mlp", "gpt2", "fastsae"]
