@@ -59,6 +59,7 @@ FLOORS = {
     ],
     "activation_cache": ["__init__ config index", "read write", "run"],
     "report": ["__init__ config codes curves lens", "latents page", "run"],
+    "cli": ["app", "train look convert", "__init__"],
 }
 WITHIN = {
     "bench": ["fastsae"],
@@ -68,6 +69,7 @@ WITHIN = {
     "eval": ["fastsae"],
     "report": ["fastsae"],
     "activation_cache": ["fastsae"],
+    "cli": ["fastsae"],
 }
 PACKAGES = {
     "fastsae_kernels": ROOT / "kernels/fastsae_kernels",
@@ -79,6 +81,7 @@ PACKAGES = {
     "eval": ROOT / "fastsae/eval",
     "report": ROOT / "fastsae/report",
     "activation_cache": ROOT / "fastsae/activation_cache",
+    "cli": ROOT / "fastsae/cli",
 }
 KERNELS_MAY_IMPORT = {
     *("__future__", "torch", "triton", "typing", "os", "functools", "math", "dataclasses", "collections"),
@@ -86,7 +89,7 @@ KERNELS_MAY_IMPORT = {
 }
 MAY_IMPORT_KERNELS = {"ops.py", "row_optimizer.py", "bench/cases.py"}
 MAY_IMPORT_HUGGING_FACE = {
-    *("hooks.py", "run.py", "model.py", "trainer.py", "train_step.py", "coders.py", "cli.py", "demo/build.py"),
+    *("hooks.py", "run.py", "model.py", "trainer.py", "train_step.py", "coders.py", "cli/app.py", "demo/build.py"),
     *("activations.py", "data.py", "sources.py", "stream.py", "tokens.py", "eval/evaluate.py", "eval/tokens.py"),
     *("compat/sparsify/data.py", "compat/sparsify/trainer.py"),
 }

@@ -1,0 +1,57 @@
+"""The ``fastsae`` command's frame: the app that commands register with, their options, what goes to the terminal."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+
+import typer
+from rich.console import Console
+from rich.logging import RichHandler
+
+from ..activation_cache.config import CacheConfig
+from ..bench.shapes import BenchConfig
+from ..config import EncodeConfig, SaeConfig, TrainConfig
+from ..eval.config import EvalConfig
+from ..report.config import ReportConfig
+from ..run_config import RunConfig
+
+app = typer.Typer(
+    name="fastsae",
+    help="Train TopK sparse autoencoders and transcoders on Hugging Face models.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+CONFIGS = (SaeConfig, TrainConfig, RunConfig)
+OPTIONS = {
+    "train": CONFIGS,
+    "hookpoints": (RunConfig,),
+    "bench": (BenchConfig,),
+    "eval": (EvalConfig, RunConfig),
+    "encode": (EncodeConfig, RunConfig),
+    "report": (ReportConfig, RunConfig),
+    "cache": (CacheConfig, RunConfig),
+}
+"""The configs behind each command's options."""
+
+
+def show_notes(level: int = logging.INFO) -> None:
+    """One-line notes on stderr; the libraries below keep their warnings to themselves."""
+    notes = logging.getLogger("fastsae")
+    notes.setLevel(level)
+    if not notes.handlers:
+        console = Console(stderr=True)
+        notes.addHandler(RichHandler(console=console, show_time=False, show_path=False, show_level=False))
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()  # of loading weights; downloads keep theirs
+    transformers_logging.set_verbosity_error()  # the base model leaves the LM head out, on purpose
+
+
+def escape(text: str) -> str:
+    """``text`` with nothing in it taken for markup."""
+    return text.replace("[", r"\[")
