@@ -8,7 +8,9 @@ import pytest
 ROOT = Path(__file__).parents[1]
 FLOORS = {
     "fastsae_kernels": [
-        "keys configs tuning reference cpu_select cpu_sampled gemm_tile by_latent rules auxk",
+        "keys ranks configs tuning reference cpu_sampled gemm_tile by_latent rules",
+        "cpu_select split",
+        "auxk",
         "encoder_choice groupmax decode cpu_screen step_parts",
         "select act_grad cpu reference_step dense_step",
         "resolve latent_grad cpu_step row_update",

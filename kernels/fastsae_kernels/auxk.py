@@ -13,6 +13,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from . import split
+from .split import Peers
+
 BLOCK = 2**24
 """Activations at a time: 64 MB of float32."""
 
@@ -39,20 +42,28 @@ def auxk_grads(
     k_aux: int,
     variance: Tensor,  # []
     alpha: float,
+    peers: Peers | None = None,  # that hold more of the dead latents
+    num_dead: int | None = None,  # of all ranks, where there are peers
 ) -> AuxGrads:
     """Gao et al. 2024, arXiv 2406.04093, appendix A.2: the ``k_aux`` strongest dead latents of every token explain
     ``e = target - x̂`` (not differentiated). Gradients are of ``alpha · loss``, summed in float32 or float64.
     """
     acc = torch.promote_types(x.dtype, torch.float32)
-    scale = min(len(dead) / k_aux, 1.0) / variance.to(acc)
+    num_dead = len(dead) if num_dead is None else num_dead
+    scale = min(num_dead / k_aux, 1.0) / variance.to(acc)
     enc, dec, offset = weight[dead].to(x.dtype).to(acc), W_dec[dead].to(acc), bias[dead].to(acc)
     loss = torch.zeros_like(scale)
     dW_enc, db_enc, dW_dec = torch.zeros_like(enc), torch.zeros_like(offset), torch.zeros_like(dec)
-    block = max(1, BLOCK // max(1, len(dead)))
+    block = max(1, BLOCK // max(1, num_dead))
     for begin in range(0, len(x), block):
         rows, left = x[begin : begin + block].to(acc), residual[begin : begin + block].to(acc)
-        acts = keep_largest(torch.addmm(offset, rows, enc.T).relu_(), k_aux)  # [n, R]
-        error = torch.addmm(left, acts, dec)  # ê - e
+        acts = torch.addmm(offset, rows, enc.T).relu_()  # [n, R]
+        if peers is None:
+            acts = keep_largest(acts, k_aux)
+            error = torch.addmm(left, acts, dec)  # ê - e
+        else:
+            acts = split.keep_largest(acts, k_aux, num_dead, peers)
+            error = peers.sum(acts @ dec).add_(left)
         loss += error.square().sum()
         error *= 2 * alpha * scale
         dW_dec.addmm_(acts.T, error)

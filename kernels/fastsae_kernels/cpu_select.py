@@ -13,6 +13,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .ranks import best
+
 GROUP = 16
 
 
@@ -27,11 +29,11 @@ def candidates(scores: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
     if 2 * count > width:
         return scores, torch.arange(num_latents).expand(n, -1), scores.new_full((n,), -torch.inf)
     maxima = scores[:, : width * GROUP].unflatten(1, (GROUP, width)).amax(1)  # [n, L / GROUP]
-    best, groups = maxima.topk(count + 1, dim=1)
+    top, groups = maxima.topk(count + 1, dim=1)
     members = groups[:, None, :-1] + torch.arange(0, width * GROUP, width)[:, None]  # [n, GROUP, count]
     rest = torch.arange(width * GROUP, num_latents).expand(n, -1)
     columns = torch.cat([members.flatten(1), rest], 1)
-    return scores.gather(1, columns), columns, best[:, -1]
+    return scores.gather(1, columns), columns, top[:, -1]
 
 
 def largest(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -51,17 +53,8 @@ def largest(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 
 def ordered(values: Tensor, columns: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k largest of [n, C >= K] distinct columns, larger first, equal ones by column; zeros filled in.
-
-    Values are not negative. float32 ones sort as integers together with their columns, in one go.
-    """
-    if values.dtype == torch.float32:
-        keys = values.view(torch.int32).masked_fill(values.isnan(), 0x7FFFFFFF).long() << 32
-        top = (keys | (columns ^ 0x7FFFFFFF)).topk(k, dim=1).values
-        return fill_zeros((top >> 32).int().view(torch.float32), (top & 0x7FFFFFFF) ^ 0x7FFFFFFF)
-    columns, order = columns.sort(dim=1)
-    values, order = values.gather(1, order).sort(dim=1, descending=True, stable=True)
-    return fill_zeros(values[:, :k], columns.gather(1, order[:, :k]))
+    """The k largest of [n, C >= K] distinct columns, larger first, equal ones by column; zeros filled in."""
+    return fill_zeros(*best(values, columns, k))
 
 
 def fill_zeros(top_acts: Tensor, top_indices: Tensor) -> tuple[Tensor, Tensor]:

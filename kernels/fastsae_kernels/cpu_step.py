@@ -56,7 +56,7 @@ def decode_residual(
 
 def backward(batch: Batch, coder: Coder, aux: AuxGrads | None, sink: Sink) -> tuple[Tensor, Tensor]:
     """Gradient rows to ``sink``; d_bias [L] and ``W_encᵀ d_bias`` [D]."""
-    grad = batch.residual.mul_(batch.scale)
+    grad = batch.residual.to(batch.scale.dtype).mul_(batch.scale)
     W_dec = coder.W_dec.to(grad.dtype)
     if dense_step.pays(len(W_dec), batch.top_acts.shape[1], grad.device):
         wide = replace(batch, x=batch.x.to(grad.dtype), top_acts=batch.top_acts.to(grad.dtype))
