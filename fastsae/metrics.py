@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from .activations import ModelPass
+from .error_sums import ErrorSums
 from .errors import NonFiniteError
 from .joint import StepLosses
 from .sae import FastSae, ForwardOutput
@@ -102,7 +103,10 @@ class TrainingMetrics:
 
     def check_weights(self, step: int) -> None:
         """Raise :class:`NonFiniteError` where the coder itself is not finite: the last update is in no loss yet."""
-        if not all(bool(parameter.isfinite().all()) for parameter in self.coder.parameters()):
+        ends = [
+            end for parameter in self.coder.parameters() for end in parameter.detach().aminmax()
+        ]  # NaN passes through
+        if not all(bool(end.isfinite()) for end in ends):
             raise NonFiniteError(
                 f"{self.name}, step {step}: expected finite weights, got NaN or inf; nothing was saved since. "
                 "Lower --lr"
@@ -160,45 +164,25 @@ class Stopwatch:
         return self._seconds
 
 
-class HeldOutMetrics:
-    """FVU against the global mean, and L0, over any number of batches, in float64 sums."""
-
-    def __init__(self, d_out: int, device: torch.device):
-        where = device if device.type != "mps" else torch.device("cpu")
-        self._sum = torch.zeros(d_out, dtype=torch.float64, device=where)
-        self._square = torch.zeros((), dtype=torch.float64, device=where)
-        self._error = torch.zeros((), dtype=torch.float64, device=where)
-        self._active = torch.zeros((), dtype=torch.int64, device=where)
-        self.tokens = 0
-
-    def add(self, y: Tensor, out: ForwardOutput) -> None:  # [N, D]
-        exact = y.to(self._sum.device).double()
-        self._sum += exact.sum(0)
-        self._square += exact.square().sum()
-        self._error += (exact - out.sae_out.to(exact)).square().sum()
-        self._active += (out.latent_acts > 0).sum().to(self._active.device)
-        self.tokens += len(y)
-
-    def read(self) -> dict[str, float]:
-        """``fvu`` = Σ‖y - ŷ‖² / Σ‖y - mean(y)‖² and ``l0``, the mean number of active latents; NaN without tokens."""
-        if not self.tokens:
-            return {"fvu": float("nan"), "l0": float("nan")}
-        variance = self._square - self._sum.square().sum() / self.tokens
-        return {"fvu": (self._error / variance).item(), "l0": self._active.item() / self.tokens}
-
-
 @torch.no_grad()
 def held_out_metrics(
     coders: dict[str, FastSae], model_pass: ModelPass, batches: Iterable[dict[str, Tensor]]
 ) -> dict[str, dict[str, float]]:
     """FVU and L0 of every coder, with the weights it has now, over ``batches``."""
-    measured = {name: HeldOutMetrics(coder.d_in, coder.device) for name, coder in coders.items()}
+    measured = {name: ErrorSums() for name in coders}
 
     def measure(hookpoint: str, x: Tensor, y: Tensor) -> None:
         for name, coder in coders.items():
             if name.partition("/")[0] == hookpoint:
-                measured[name].add(y, coder(x, y))
+                measured[name].add(y[None], _as_one_sequence(coder(x, y)))
 
     for rows in batches:
         model_pass.run(rows, measure, at="held-out data")
-    return {name: metrics.read() for name, metrics in measured.items()}
+    return {name: sums.totals() for name, sums in measured.items()}
+
+
+def _as_one_sequence(out: ForwardOutput) -> ForwardOutput:
+    """Tokens [N, ...] -> [1, N, ...]."""
+    return out._replace(
+        sae_out=out.sae_out[None], latent_acts=out.latent_acts[None], latent_indices=out.latent_indices[None]
+    )

@@ -27,7 +27,7 @@ FLOORS = {
         "tokens options",
         "ops loss checkpoint overrides resume run_file run_folder tracking progress sources batches",
         "sae hooks data model retention",
-        "activations coders row_optimizer compat saving",
+        "activations coders row_optimizer compat saving error_sums",
         "joint optim",
         "metrics saved model_card",
         "micro_batches pretrained trainer_state",

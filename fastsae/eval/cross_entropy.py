@@ -8,10 +8,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..error_sums import per_sequence
 from ..hooks import Replacement
 from ..sae import FastSae
 from ..saved import coder_input
-from .estimate import per_sequence, ratio
+from .estimate import ratio
 from .result import CrossEntropy
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 Z95 = 1.959964
@@ -45,14 +44,3 @@ def ratio(top: Tensor, bottom: Tensor) -> Estimate:  # [R], [R], float64
     spread = (top - value * bottom).square().sum() * count / (count - 1)
     half = Z95 * (spread.sqrt() / total.abs()).item()
     return Estimate(value, value - half, value + half)
-
-
-def exact(values: Tensor) -> Tensor:
-    """In float64, where they are; on the CPU where they are on Apple's GPUs, which have none."""
-    return (values.cpu() if values.device.type == "mps" else values).double()
-
-
-def per_sequence(values: Tensor, kept: Tensor | None) -> Tensor:  # [B, S], bool [B, S] -> float64 [B], on the CPU
-    """Each sequence's sum over its kept tokens."""
-    values = exact(values)
-    return (values if kept is None else torch.where(kept.to(values.device), values, 0)).sum(1).cpu()

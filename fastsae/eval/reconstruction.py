@@ -8,8 +8,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..error_sums import ErrorSums, exact
 from ..sae import ForwardOutput
-from .estimate import exact, per_sequence, ratio
+from .estimate import ratio
 from .result import DecoderCosines, Density, Reconstruction
 
 HISTOGRAM = (-7.0, 0.0, 28)
@@ -33,30 +34,22 @@ class OutputMean:
 
 
 class ReconstructionSums:
-    """One coder's errors, variances and firing counts, summed by sequence."""
+    """One coder's errors, variances and firing counts."""
 
     def __init__(self, num_latents: int, mean: Tensor):  # float64 [D]
-        self._mean = mean
+        self._errors = ErrorSums(mean)
         self._fired = torch.zeros(num_latents, dtype=torch.int64)
-        self._sums: list[Tensor] = []  # float64 [4, B] each: errors, variances, active latents, tokens
 
     def add(self, y: Tensor, out: ForwardOutput, kept: Tensor | None) -> None:  # [B, S, D], ..., bool [B, S]
-        target = exact(y)
+        self._errors.add(y, out, kept)
         active = out.latent_acts > 0
         if kept is not None:
             active &= kept[..., None]
-        measured = (
-            (target - exact(out.sae_out)).square().sum(-1),
-            (target - self._mean).square().sum(-1),
-            active.sum(-1),
-            torch.ones(y.shape[:2]),
-        )
-        self._sums.append(torch.stack([per_sequence(values, kept) for values in measured]))
         self._fired += torch.bincount(out.latent_indices[active].cpu(), minlength=len(self._fired))
 
     def read(self, dense_above: float) -> Reconstruction:
         """FVU is Σ‖y - ŷ‖² / Σ‖y - mean(y)‖² over all tokens, with the mean of all tokens."""
-        error, variance, active, tokens = torch.cat(self._sums, dim=1)
+        error, variance, active, tokens = self._errors.by_sequence()
         count = int(tokens.sum())
         return Reconstruction(
             tokens=count, sequences=len(tokens), fvu=ratio(error, variance), l0=ratio(active, tokens),
