@@ -40,11 +40,13 @@ def joint_step(
     dead: Tensor | None,  # [R] int64, ascending: latents that AuxK revives
     share: float,
     optimizer: RowOptimizer | None,
+    inside: bool = True,
     k: int | None = None,
 ) -> StepLosses:
     """Losses of a batch, or of a chunk of it, and their gradients times ``share`` added to the coder's.
 
-    With an ``optimizer`` the two matrices take their step at once, and only the small tensors get gradients.
+    With an ``optimizer`` its narrow copies of the matrices are computed with, where it keeps them; ``inside``, the
+    matrices take their step at once, and only the small tensors get gradients.
     ``k``: active latents in this step, by default the coder's. Where memory runs out, torch's error comes through
     as long as nothing was changed; :class:`OutOfMemoryError` says that the step was half done.
     """
@@ -52,7 +54,7 @@ def joint_step(
     if coder.cfg.multi_topk and coder.cfg.activation != "topk":
         return _autograd_step(coder, x, y, variance, cfg, dead, share)
     assert coder.W_dec is not None
-    low = getattr(optimizer, "low", {})
+    low = {} if optimizer is None else optimizer.low
     tensors = Coder(
         coder.encoder.weight, coder.encoder.bias, coder.W_dec, coder.b_dec, coder.W_skip, not coder.cfg.transcode,
         low.get(coder.encoder.weight), low.get(coder.W_dec),
@@ -61,8 +63,10 @@ def joint_step(
     multi_k = min(4 * k, coder.num_latents) if coder.cfg.multi_topk else 0
     loss = Loss(variance, multi_k if multi_k > k else 0, dead, k_aux, cfg.auxk_alpha, share)
     small = [_grad(p) for p in (coder.encoder.bias, coder.b_dec, coder.W_skip) if p is not None]  # memory first
-    dense = optimizer is None
-    sink = GradSink(_grad(coder.encoder.weight), _grad(coder.W_dec)) if dense else optimizer.row_step(coder)
+    if optimizer is not None and inside:
+        sink = optimizer.row_step(coder)
+    else:
+        sink = GradSink(_grad(coder.encoder.weight), _grad(coder.W_dec))
     try:
         out = ops.coder_step(
             x, y, tensors, loss, sink, k=k, activation=coder.cfg.activation, implementation=coder.implementation
@@ -74,7 +78,7 @@ def joint_step(
                 "go on from the last checkpoint with a higher --micro-acc-steps"
             ) from error
         raise
-    if optimizer is not None:
+    if optimizer is not None and inside:
         optimizer.count_row_step(coder)
     for total, grad in zip(small, (out.d_bias, out.d_b_dec, out.d_skip), strict=False):
         assert grad is not None

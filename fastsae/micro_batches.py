@@ -44,16 +44,18 @@ class MicroBatches:
         variance: Tensor,  # []
         share: float,
         optimizer: RowOptimizer | None,
+        inside: bool,
         k: int,
     ) -> None:
-        """Gradients and metrics of a batch; with an ``optimizer`` the matrices' step, if memory lasts for it."""
+        """Gradients and metrics of a batch; ``inside``: and the matrices' step, if memory lasts for it."""
         todo = deque(zip(x.chunk(self.parts), y.chunk(self.parts), strict=True))
         while todo:
             x_part, y_part = todo.popleft()
             try:
                 losses = joint_step(
-                    coder, x_part, y_part, variance, cfg, dead=metrics.dead_ids(), share=share, optimizer=optimizer, k=k
-                )
+                    coder, x_part, y_part, variance, cfg, dead=metrics.dead_ids(), share=share, optimizer=optimizer,
+                    inside=inside, k=k,
+                )  # fmt: skip
             except RuntimeError as error:
                 if not is_out_of_memory(error):
                     raise
@@ -61,7 +63,7 @@ class MicroBatches:
             if losses is None:
                 self._halve(metrics.name, len(y_part), len(y))
                 todo.extendleft(reversed(list(zip(x_part.chunk(2), y_part.chunk(2), strict=True))))
-                optimizer = None
+                inside = False
             else:
                 metrics.add(losses, len(y_part) / len(y))
 

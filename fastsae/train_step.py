@@ -89,11 +89,11 @@ class StepTrainer:
             if name not in self._initialised:
                 init_biases(coder, x, y)
                 self._initialised.add(name)
-            optimizer = self.optimizer if isinstance(self.optimizer, RowOptimizer) and self._in_place() else None
+            optimizer = self.optimizer if isinstance(self.optimizer, RowOptimizer) else None
             with self.metrics[name].stopwatch:
                 self.micro_batches.train(
                     coder, x, y, self.metrics[name], self.cfg, variance=variance, share=share, optimizer=optimizer,
-                    k=active_latents(self.cfg, coder, self.step),
+                    inside=self._in_place(), k=active_latents(self.cfg, coder, self.step),
                 )  # fmt: skip
             self.metrics[name].watch(self.step + 1, variance)
 

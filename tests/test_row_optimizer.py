@@ -32,7 +32,7 @@ def train(coder: FastSae, optimizer: RowOptimizer, steps: range, *, inside: bool
         y = torch.randn(64, 20, generator=torch.Generator().manual_seed(i))
         variance = (y - y.mean(0)).square().sum()
         cfg = TrainConfig()
-        joint_step(coder, y, y, variance, cfg, dead=None, share=1.0, optimizer=optimizer if inside else None)
+        joint_step(coder, y, y, variance, cfg, dead=None, share=1.0, optimizer=optimizer, inside=inside)
         optimizer.step()
         optimizer.zero_grad(set_to_none=False)
 
@@ -49,6 +49,17 @@ def test_inside_the_backward_and_after_it_are_the_same_step(name):
     for key, tensor in tensors(coders[0]).items():
         torch.testing.assert_close(tensor, coders[1].state_dict()[key], rtol=1e-5, atol=1e-6)
         assert not tensor.equal(make_coder().state_dict()[key])
+
+
+@pytest.mark.parametrize("inside", [True, False])
+def test_the_narrow_copy_is_what_is_encoded_with(inside):
+    coder = make_coder()
+    optimizer = make("adam", coder, torch.bfloat16)
+    optimizer.low[coder.encoder.weight].zero_()  # nothing is active: nothing is explained
+    y = torch.randn(64, 20, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
+    variance = y.float().square().sum()
+    out = joint_step(coder, y, y, variance, TrainConfig(), dead=None, share=1.0, optimizer=optimizer, inside=inside)
+    torch.testing.assert_close(out.fvu, torch.tensor(1.0))
 
 
 def test_adam_is_torchs_adam_on_the_projected_gradient():
