@@ -58,7 +58,7 @@ def to(case: Case, dtype: torch.dtype, device: str) -> Case:
     def move(value):
         if isinstance(value, Tensor):
             return value.to(device, dtype if value.is_floating_point() else value.dtype)
-        return type(value)(*map(move, value)) if isinstance(value, tuple) else value
+        return type(value)(*map(move, value)) if isinstance(value, tuple) and hasattr(value, "_fields") else value
 
     return move(case)
 

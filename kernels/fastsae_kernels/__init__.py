@@ -8,11 +8,13 @@ Needs torch; Triton only where ``implementation="triton"`` is used. See ``kernel
 from .autograd import SparseDecode, TopKEncode, sparse_decode, topk_encode
 from .reference import EncoderOutput
 from .rules import Adam, Adam8bit, Signum
-from .step import Coder, GradSink, Loss, Rows, RowStep, StepOutput, coder_step
+from .step import Block, Coder, GradSink, Loss, Rows, RowStep, StepOutput, coder_step, select_batch
+from .varying import VaryingEncode, batch_topk_encode, threshold_encode
 
 __all__ = [
     "Adam",
     "Adam8bit",
+    "Block",
     "Coder",
     "EncoderOutput",
     "GradSink",
@@ -23,7 +25,11 @@ __all__ = [
     "SparseDecode",
     "StepOutput",
     "TopKEncode",
+    "VaryingEncode",
+    "batch_topk_encode",
     "coder_step",
+    "select_batch",
     "sparse_decode",
+    "threshold_encode",
     "topk_encode",
 ]

@@ -119,27 +119,37 @@ class TopKEncode(torch.autograd.Function):
     def forward(ctx, x, weight, bias, b_dec, latent_mask, k, activation, impl):
         centered = reference.center(x, b_dec)
         top_acts, top_indices = _encode(centered, weight, bias, latent_mask, k, activation, impl)
-        ctx.save_for_backward(centered, weight, top_acts, top_indices)
-        ctx.bias_dtype, ctx.b_dec_dtype, ctx.impl = bias.dtype, None if b_dec is None else b_dec.dtype, impl
-        ctx.mark_non_differentiable(top_indices)
-        return top_acts, top_indices
+        return keep_selection(ctx, centered, weight, bias, b_dec, top_acts, top_indices, impl)
 
     @staticmethod
     def backward(ctx, d_acts, _):  # pyright: ignore[reportIncompatibleMethodOverride]
-        centered, weight, top_acts, top_indices = ctx.saved_tensors
-        d_acts = d_acts.masked_fill(top_acts <= 0, 0.0)  # [N, K]
-        dx = d_weight = d_bias = d_b_dec = None
-        if ctx.needs_input_grad[0]:
-            dx = _decode(d_acts, top_indices, weight, None, ctx.impl).to(centered.dtype)
-        if any(ctx.needs_input_grad[1:4]):
-            # a frozen weight: no [L, D] gradient; a width of 1 leaves the biases' sums as they are
-            x = centered if ctx.needs_input_grad[1] else centered.new_ones((len(centered), 1))
-            d_weight, d_bias = _encode_backward(d_acts, top_indices, x, weight.shape[0], ctx.impl)
-            if ctx.needs_input_grad[3]:
-                d_b_dec = -(d_bias @ weight.to(d_bias.dtype)).to(ctx.b_dec_dtype)
-            d_weight = d_weight.to(weight.dtype) if ctx.needs_input_grad[1] else None
-            d_bias = d_bias.to(ctx.bias_dtype)
-        return dx, d_weight, d_bias, d_b_dec, None, None, None, None
+        return *selection_grads(ctx, d_acts), None, None, None, None
+
+
+def keep_selection(ctx, centered, weight, bias, b_dec, top_acts, top_indices, impl) -> tuple[Tensor, Tensor]:
+    """End of an encoder's forward: the selection, kept for :func:`selection_grads`."""
+    ctx.save_for_backward(centered, weight, top_acts, top_indices)
+    ctx.bias_dtype, ctx.b_dec_dtype, ctx.impl = bias.dtype, None if b_dec is None else b_dec.dtype, impl
+    ctx.mark_non_differentiable(top_indices)
+    return top_acts, top_indices
+
+
+def selection_grads(ctx, d_acts: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of x, weight, bias and b_dec, the first four inputs, where they are asked for."""
+    centered, weight, top_acts, top_indices = ctx.saved_tensors
+    d_acts = d_acts.masked_fill(top_acts <= 0, 0.0)  # [N, K]
+    dx = d_weight = d_bias = d_b_dec = None
+    if ctx.needs_input_grad[0]:
+        dx = _decode(d_acts, top_indices, weight, None, ctx.impl).to(centered.dtype)
+    if any(ctx.needs_input_grad[1:4]):
+        # a frozen weight: no [L, D] gradient; a width of 1 leaves the biases' sums as they are
+        x = centered if ctx.needs_input_grad[1] else centered.new_ones((len(centered), 1))
+        d_weight, d_bias = _encode_backward(d_acts, top_indices, x, weight.shape[0], ctx.impl)
+        if ctx.needs_input_grad[3]:
+            d_b_dec = -(d_bias @ weight.to(d_bias.dtype)).to(ctx.b_dec_dtype)
+        d_weight = d_weight.to(weight.dtype) if ctx.needs_input_grad[1] else None
+        d_bias = d_bias.to(ctx.bias_dtype)
+    return dx, d_weight, d_bias, d_b_dec
 
 
 class SparseDecode(torch.autograd.Function):

@@ -31,6 +31,10 @@ class AuxGrads(NamedTuple):
     db_enc: Tensor  # [R]
     dW_dec: Tensor  # [R, E]
 
+    def part(self, rows: slice, begin: int) -> AuxGrads:
+        """``rows`` of the gradients alone, latents counted from ``begin``; the loss is the whole one."""
+        return AuxGrads(self.loss, self.dead[rows] - begin, self.dW_enc[rows], self.db_enc[rows], self.dW_dec[rows])
+
 
 def auxk_grads(
     x: Tensor,  # [N, D], what the encoder sees

@@ -112,7 +112,11 @@ def decode(top_acts: Tensor, top_indices: Tensor, W_dec: Tensor, b_dec: Tensor |
     """``Σ_j top_acts[:, j] W_dec[top_indices[:, j]] + b_dec``: [N, D] in W_dec's dtype, summed in its accumulator's."""
     acc = accumulator_dtype(W_dec.dtype)
     acts = top_acts.to(acc)
-    if W_dec.dtype == acc:
+    active = acts != 0
+    if W_dec.dtype == acc and 2 * int(active.sum()) < acts.numel():  # BatchTopK's and prefixes' empty slots
+        starts = active.sum(1).cumsum(0) - active.sum(1)
+        out = embedding_bag(top_indices[active], W_dec, starts, per_sample_weights=acts[active], mode="sum")
+    elif W_dec.dtype == acc:
         out = embedding_bag(top_indices, W_dec, per_sample_weights=acts, mode="sum")
     else:
         out = torch.empty(len(acts), W_dec.shape[1], dtype=acc)

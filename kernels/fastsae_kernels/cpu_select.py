@@ -65,10 +65,12 @@ def fill_zeros(top_acts: Tensor, top_indices: Tensor) -> tuple[Tensor, Tensor]:
         return top_acts, top_indices
     acts, indices = top_acts[rows], top_indices[rows]
     empty = acts <= 0  # [r, K]; NaN is not empty
-    taken = torch.zeros(len(rows), k + 1, dtype=torch.uint8)  # with p taken, the k - p first free columns lie below k
+    # with p taken, the k - p first free columns lie below k
+    taken = indices.new_zeros(len(rows), k + 1, dtype=torch.uint8)
     taken.scatter_(1, indices.clamp(max=k).masked_fill(empty, k), 1)
     free = taken[:, :k].sort(dim=1, stable=True).indices
-    slot = torch.arange(k) - (~empty).sum(1, keepdim=True)  # how many empty slots come before this one
+    before = (~empty).sum(1, keepdim=True)
+    slot = torch.arange(k, device=indices.device) - before  # how many empty slots come before this one
     filled = torch.where(empty, free.gather(1, slot.clamp(min=0)), indices)
     top_acts, top_indices = top_acts.clone(), top_indices.clone()
     top_acts[rows], top_indices[rows] = acts.masked_fill(empty, 0.0), filled

@@ -18,7 +18,7 @@ from torch.nn.functional import embedding_bag
 from . import dense_step
 from .auxk import AuxGrads
 from .cpu import decode, encode
-from .cpu_sampled import sampled_products
+from .cpu_sampled import ragged_products
 from .reference import accumulator_dtype
 from .step_parts import Batch, Coder, RowGrads, Sink, deliver
 
@@ -68,13 +68,14 @@ def backward(batch: Batch, coder: Coder, aux: AuxGrads | None, sink: Sink) -> tu
 
 def _act_grads(batch: Batch, grad: Tensor, W_dec: Tensor) -> Tensor:
     """``<grad_n, W_dec[top_indices[n, j]]>``, 0 where the activation is 0; [N, K]."""
-    indices, k = batch.top_indices, batch.first_k
-    if k:
-        parts = zip(grad, (indices[:, :k], indices[:, k:]), strict=True)
-        products = torch.cat([sampled_products(rows, W_dec, part.contiguous()) for rows, part in parts], 1)
-    else:
-        products = sampled_products(grad, W_dec, indices)
-    return products.masked_fill_(batch.top_acts == 0, 0.0)
+    active, k = batch.top_acts != 0, batch.first_k
+    products = torch.zeros_like(batch.top_acts, dtype=grad.dtype)
+    for rows, slots in zip(grad, (slice(0, k), slice(k, None)), strict=True) if k else [(grad, slice(None))]:
+        used = active[:, slots]
+        columns = batch.top_indices[:, slots][used]
+        if len(columns):
+            products[:, slots][used] = ragged_products(rows, W_dec, columns, used.sum(1))
+    return products
 
 
 def _row_grads(batch: Batch, grad: Tensor, act_grads: Tensor) -> Iterator[RowGrads]:

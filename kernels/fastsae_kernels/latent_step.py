@@ -136,6 +136,7 @@ class _RowKernel:
         self.step = step
 
     def rows(self, begin: int, end: int, dW_enc: Tensor, dW_dec: Tensor) -> None:
+        self.step.begun = True
         for matrix, grad in ((self.step.encoder, dW_enc), (self.step.decoder, dW_dec)):
             update(self.step.rule, matrix.part(begin, end), grad, lr=self.step.lr, step=self.step.step)
 

@@ -78,6 +78,33 @@ def topk_encode(
     return EncoderOutput(pre_acts.gather(-1, top_indices), top_indices, pre_acts if return_pre_acts else None)
 
 
+def batch_topk_encode(x: Tensor, weight: Tensor, bias: Tensor, k: int, *, b_dec: Tensor | None = None) -> EncoderOutput:
+    """Twin of :func:`fastsae_kernels.batch_topk_encode`: the N·k largest of all N·L, by one stable sort."""
+    pre_acts = scores(center(x, b_dec), weight, bias).relu()
+    first = pre_acts.detach().flatten().sort(descending=True, stable=True).indices[: len(x) * k]
+    kept = torch.zeros_like(pre_acts, dtype=torch.bool)
+    kept.view(-1)[first] = True
+    return _varying(pre_acts, kept, k)
+
+
+def threshold_encode(
+    x: Tensor, weight: Tensor, bias: Tensor, threshold: Tensor, k: int, *, b_dec: Tensor | None = None
+) -> EncoderOutput:
+    """Twin of :func:`fastsae_kernels.threshold_encode`: what is above ``threshold``, by looking at all N·L."""
+    pre_acts = scores(center(x, b_dec), weight, bias).relu()
+    return _varying(pre_acts, ~(pre_acts <= threshold), k)
+
+
+def _varying(pre_acts: Tensor, kept: Tensor, k: int) -> EncoderOutput:  # [N, L], bool [N, L]
+    """The kept activations above 0, larger first, in 2k slots, doubled until every token's fit; the rest is 0."""
+    acts = pre_acts.masked_fill(~kept, 0.0)
+    most, width = int((acts != 0).sum(1).amax()) if len(acts) else 0, 2 * k
+    while width < most:
+        width *= 2
+    indices = select(acts.detach(), min(width, acts.shape[1]))
+    return EncoderOutput(acts.gather(1, indices), indices, None)
+
+
 def sparse_decode(
     top_acts: Tensor,  # [N, K]
     top_indices: Tensor,  # [N, K]

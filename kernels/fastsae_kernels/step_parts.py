@@ -6,7 +6,7 @@ Shapes: N tokens, D width in, E width out (E = D for an autoencoder), L latents,
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple, Protocol
 
 import torch
@@ -39,6 +39,11 @@ class Coder(NamedTuple):
         """The same of the decoder."""
         return self.W_dec if self.low_W_dec is None else self.low_W_dec
 
+    def part(self, begin: int, end: int) -> Coder:
+        """The latents ``begin ... end - 1`` alone; the tensors are shared."""
+        matrices = ("weight", "bias", "W_dec", "low_weight", "low_W_dec")
+        return self._replace(**{n: t[begin:end] for n in matrices if (t := getattr(self, n)) is not None})
+
 
 @dataclass(frozen=True, eq=False)
 class Batch:
@@ -66,8 +71,15 @@ class RowGrads(NamedTuple):
 class Sink(Protocol):
     """Where the two matrices' gradient rows go."""
 
+    begun: bool
+    """Rows were taken: what failed since then cannot be tried again."""
+
     def rows(self, begin: int, end: int, dW_enc: Tensor, dW_dec: Tensor) -> None:
         """Take the gradients of the latents ``begin ... end - 1``; may overwrite them. Called once per latent."""
+        ...
+
+    def part(self, begin: int, end: int) -> Sink:
+        """Where the rows of the latents ``begin ... end - 1`` alone go, counted from 0."""
         ...
 
 
@@ -77,12 +89,15 @@ class GradSink:
 
     dW_enc: Tensor  # [L, D]
     dW_dec: Tensor  # [L, E]
-    begun: bool = False  # rows were taken: what failed since then cannot be tried again
+    begun: bool = False
 
     def rows(self, begin: int, end: int, dW_enc: Tensor, dW_dec: Tensor) -> None:
         self.begun = True
         self.dW_enc[begin:end] += dW_enc
         self.dW_dec[begin:end] += dW_dec
+
+    def part(self, begin: int, end: int) -> GradSink:
+        return GradSink(self.dW_enc[begin:end], self.dW_dec[begin:end])
 
 
 @dataclass
@@ -94,12 +109,15 @@ class RowStep:
     step: int
     encoder: Rows
     decoder: Rows
-    begun: bool = False  # as in GradSink
+    begun: bool = False
 
     def rows(self, begin: int, end: int, dW_enc: Tensor, dW_dec: Tensor) -> None:
         self.begun = True
         for matrix, grad in ((self.encoder, dW_enc), (self.decoder, dW_dec)):
             update_rows(self.rule, matrix.part(begin, end), grad, lr=self.lr, step=self.step)
+
+    def part(self, begin: int, end: int) -> RowStep:
+        return replace(self, begun=False, encoder=self.encoder.part(begin, end), decoder=self.decoder.part(begin, end))
 
 
 def deliver(blocks: Iterable[RowGrads], coder: Coder, aux: AuxGrads | None, sink: Sink) -> tuple[Tensor, Tensor]:
