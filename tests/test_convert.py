@@ -16,20 +16,19 @@ def folder(tmp_path):
     return tmp_path / "run"
 
 
-def test_convert_and_info(capsys, folder, tmp_path, monkeypatch):
+def test_convert_and_info(capsys, folder, tmp_path):
     code, out, err = run(capsys, "convert", str(folder), str(tmp_path / "out"), "--to", "saelens")
     assert (code, err) == (0, "")
     assert out == f"2 coders written to {tmp_path / 'out'} as saelens\n"
-    monkeypatch.setenv("COLUMNS", "300")
     code, out, _ = run(capsys, "info", str(tmp_path / "out"))
     assert code == 0
-    assert len(out.splitlines()) == 3, out
-    head, first, second = (line.split() for line in out.splitlines())
-    assert head == ["coder", "format", "kind", "width", "latents", "dtype", "hookpoint", "model", "from"]
-    assert first[:10] == ["h.0.mlp", "saelens", "topk", "k=4", "16", "48", "float32", "h.0.mlp", "gpt2", "fastsae"]
-    assert second[0] == "h.1.mlp"
+    head, *rows = out.splitlines()  # a narrow terminal folds the last column
+    assert head.split() == ["coder", "format", "kind", "width", "latents", "dtype", "hookpoint", "model", "from"]
+    words = " ".join(" ".join(rows).split())
+    for name in ("h.0.mlp", "h.1.mlp"):
+        assert f"{name} saelens topk k=4 16 48 float32 {name} gpt2 fastsae" in words
     _, out, _ = run(capsys, "info", str(folder))
-    assert "fastsae 0.1, 5,000 tokens" in out
+    assert all(word in out for word in ("fastsae", "0.1,", "5,000", "tokens"))
 
 
 def test_what_would_be_lost_is_one_line_and_exit_code_2(capsys, folder, tmp_path):
