@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from .batches import ModelBatch, prepare
+from .batches import ModelBatch, counted, prepare
 from .errors import ArtifactError, FastsaeError, HookpointError, OutOfMemoryError, is_out_of_memory
 from .hooks import Hookpoint, run_hooked
 
@@ -21,7 +21,10 @@ Use = Callable[[str, Tensor, Tensor], None]
 
 
 class ModelPass:
-    """Runs ``model`` and hands over what is at its ``hookpoints``; ``transcode``: also what comes into them."""
+    """Runs ``model`` and hands over what is at its ``hookpoints``; ``transcode``: also what comes into them.
+
+    ``empty``: also where no token counts, for ranks that must take the same steps.
+    """
 
     def __init__(
         self,
@@ -30,10 +33,16 @@ class ModelPass:
         *,
         transcode: bool = False,
         exclude_tokens: Sequence[int] = (),
+        empty: bool = False,
     ):
-        self.model, self.hookpoints, self._transcode = model, hookpoints, transcode
+        self.model, self.hookpoints, self._transcode, self._empty = model, hookpoints, transcode, empty
         self._excluded = torch.tensor(exclude_tokens)
         self._vocabulary = cast(nn.Embedding, model.get_input_embeddings()).num_embeddings
+
+    def count(self, rows: dict[str, Tensor]) -> int:
+        """N, before anything has run."""
+        counts = counted(rows, self._excluded)
+        return rows["input_ids"].numel() if counts is None else int(counts.sum())
 
     def run(self, rows: dict[str, Tensor], use: Use, *, at: str) -> int:
         """Run on ``rows`` (``input_ids [B, S]``, on the CPU); returns N.
@@ -49,7 +58,7 @@ class ModelPass:
             using.append(name)
             silent.discard(name)
             x, y = self._tokens(name, batch, inputs, output, at)
-            if len(y):
+            if len(y) or self._empty:
                 use(name, x, y)
             using.pop()
 
@@ -70,7 +79,7 @@ class ModelPass:
     ) -> tuple[Tensor, Tensor]:
         """(x, y) after masking."""
         positions, shape = batch.positions, batch.ids.shape
-        if positions is not None and output.shape[:-1] != shape:
+        if positions is not None and batch.tokens and output.shape[:-1] != shape:
             raise HookpointError(
                 f"{name}: expected activations {list(shape)} tokens by width to leave tokens out, "
                 f"got {list(output.shape)}; train this hookpoint without --exclude-tokens and attention masks"
@@ -79,6 +88,8 @@ class ModelPass:
 
         def kept(activations: Tensor) -> Tensor:
             rows = activations.flatten(0, -2)
+            if not batch.tokens:
+                return rows[:0]
             return rows if positions is None else rows.index_select(0, positions)
 
         y = kept(output)

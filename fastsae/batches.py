@@ -11,6 +11,7 @@ from __future__ import annotations
 import queue
 import threading
 from collections.abc import Iterable, Iterator
+from functools import reduce
 from typing import NamedTuple, TypeVar
 
 import torch
@@ -31,7 +32,7 @@ class ModelBatch(NamedTuple):
 
 
 def prepare(
-    batch: dict[str, Tensor],  # input_ids [B, S], and perhaps attention_mask [B, S], on the CPU
+    batch: dict[str, Tensor],  # input_ids [B, S], perhaps attention_mask and counts [B, S], on the CPU
     excluded: Tensor,  # token ids that do not count
     vocabulary: int,
     device: torch.device,
@@ -41,15 +42,12 @@ def prepare(
     Raises :class:`ArtifactError` for ids that the model does not have.
     """
     ids, mask = batch["input_ids"], batch.get("attention_mask")
+    counts = counted(batch, excluded)
     if ids.numel() and (ids.min() < 0 or ids.max() >= vocabulary):
         raise ArtifactError(
             f"dataset: expected token ids from 0 to {vocabulary - 1}, got {ids.min()} to {ids.max()}; "
             "was it tokenised for another model?"
         )
-    counts = None if mask is None else mask.bool()
-    if len(excluded):
-        kept = torch.isin(ids, excluded, invert=True)
-        counts = kept if counts is None else counts & kept
     positions = None if counts is None else counts.flatten().nonzero()[:, 0]
 
     def send(tensor: Tensor | None) -> Tensor | None:
@@ -60,6 +58,14 @@ def prepare(
     ids_there = send(ids)
     assert ids_there is not None
     return ModelBatch(ids_there, send(mask), send(positions), ids.numel() if positions is None else len(positions))
+
+
+def counted(batch: dict[str, Tensor], excluded: Tensor) -> Tensor | None:
+    """Which tokens are trained on, bool [B, S]; None: all."""
+    masks = [batch[key].bool() for key in ("attention_mask", "counts") if key in batch]
+    if len(excluded):
+        masks.append(torch.isin(batch["input_ids"], excluded, invert=True))
+    return reduce(torch.logical_and, masks) if masks else None
 
 
 def prefetched(items: Iterable[Item], depth: int = 2) -> Iterator[Item]:

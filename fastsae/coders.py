@@ -6,6 +6,7 @@ Shapes: N tokens, D width.
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -18,6 +19,9 @@ from .overrides import coder_name, parse_override, resolve_variants
 from .sae import FastSae
 
 logger = logging.getLogger("fastsae")
+
+Mean = Callable[[Tensor], Tensor]
+"""The mean of rows [N, D] -> [D] float32, over this batch, and the other ranks' parts of it."""
 
 
 def find_hookpoints(model: PreTrainedModel, cfg: TrainConfig) -> dict[str, Hookpoint]:
@@ -69,17 +73,21 @@ def make_coders(cfg: TrainConfig, hookpoints: dict[str, Hookpoint], model: PreTr
     return coders
 
 
+def batch_mean(rows: Tensor) -> Tensor:  # [N, D] -> [D]
+    return rows.float().mean(0)
+
+
 @torch.no_grad()
-def activation_size(y: Tensor) -> dict[str, float]:  # [N, D]
+def activation_size(y: Tensor, mean_of: Mean = batch_mean) -> dict[str, float]:  # [N, D]
     """The norm of the activations' mean, and the mean of their norms: by these a coder knows its activations again."""
-    y = y.float()
-    mean, norm = y.mean(0).norm(), y.norm(dim=1).mean()
-    return dict(zip(("activation_mean", "activation_norm"), torch.stack([mean, norm]).tolist(), strict=True))
+    norms = mean_of(y.float().norm(dim=1, keepdim=True))[0]
+    values = torch.stack([mean_of(y).norm(), norms]).tolist()
+    return dict(zip(("activation_mean", "activation_norm"), values, strict=True))
 
 
 @torch.no_grad()
-def init_biases(coder: FastSae, x: Tensor, y: Tensor) -> None:  # [N, D], [N, D]
+def init_biases(coder: FastSae, x: Tensor, y: Tensor, mean_of: Mean = batch_mean) -> None:  # [N, D], [N, E]
     """Centre a new coder on its first batch: b_dec is the targets' mean, and pre-activations have mean 0."""
-    coder.b_dec.copy_(y.float().mean(0))
+    coder.b_dec.copy_(mean_of(y))
     if coder.cfg.transcode:  # encodes x itself: its mean is taken out by the bias
-        coder.encoder.bias.copy_(-(coder.encoder.weight @ x.to(coder.dtype).mean(0)))
+        coder.encoder.bias.copy_(-(coder.encoder.weight @ mean_of(x).to(coder.dtype)))

@@ -109,6 +109,9 @@ class TrainConfig:
     max_grad_norm: float | None = None
     """Scale each coder's gradient down to this norm in every step; by default it is left as it is."""
 
+    grad_reduce_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Precision in which several processes (torchrun) sum the gradients of their coders' matrices."""
+
     k_decay_steps: int = 0
     """Optimizer steps in which the number of active latents falls linearly from 10 times the width to k."""
 

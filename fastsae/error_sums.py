@@ -5,6 +5,8 @@ Shapes: B sequences, S tokens, D width, K active latents, R sequences in all.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -18,7 +20,7 @@ class ErrorSums:
     """Squared errors, variance, and active latents, summed by sequence in one pass.
 
     ``mean``: the targets' over all tokens, where it is known; the variance is taken about it. Without it, about the
-    first batch's mean, and :meth:`totals` corrects for the difference.
+    first batch's mean. :meth:`totals` corrects for the difference between either and the tokens' own mean.
     """
 
     def __init__(self, mean: Tensor | None = None):  # float64 [D]
@@ -52,6 +54,14 @@ class ErrorSums:
         """Errors ``Σ‖y - ŷ‖²``, squares ``Σ‖y - mean‖²`` (for a known mean), active latents, and tokens."""
         errors, squares, active, tokens = torch.cat(self._sums, dim=1)
         return errors, squares, active, tokens
+
+    def add_ranks(self, all_sum: Callable[[Tensor], Tensor]) -> None:
+        """Add what other ranks summed, about the same ``mean``: only :meth:`totals` is asked for afterwards."""
+        assert self._centre is not None
+        sums = torch.cat(self._sums, dim=1).sum(1) if self._sums else torch.zeros(4, dtype=torch.float64)
+        offset = torch.zeros_like(self._centre) if self._offset is None else self._offset
+        every = all_sum(torch.cat([sums.to(offset.device), offset]))
+        self._sums, self._offset = [every[:4, None].cpu()], every[4:]
 
     def totals(self) -> dict[str, float]:
         """``fvu`` = Σ‖y - ŷ‖² / Σ‖y - mean(y)‖² and ``l0``, the mean number of active latents; NaN without tokens."""

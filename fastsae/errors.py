@@ -6,7 +6,8 @@
     ├── ArtifactError      a model, dataset or output folder cannot be used
     ├── CheckpointError    a saved coder is missing, damaged or of another kind
     ├── NonFiniteError     training met NaN or inf
-    └── OutOfMemoryError   the work does not fit into memory, in however small parts
+    ├── OutOfMemoryError   the work does not fit into memory, in however small parts
+    └── LostRankError      another process of a run that several train together is gone
 
 Each message says what was expected, what came, and the way out.
 """
@@ -37,6 +38,10 @@ class NonFiniteError(FastsaeError):
 
 
 class OutOfMemoryError(FastsaeError):
+    pass
+
+
+class LostRankError(FastsaeError):
     pass
 
 

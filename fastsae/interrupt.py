@@ -21,11 +21,13 @@ class Interrupted(KeyboardInterrupt):
 class StopSignals:
     """Inside the block the first signal only shows in ``received``; handlers are put back at its end.
 
-    Only a process's main thread can do this: elsewhere nothing is received.
+    A second signal acts at once, unless ``again`` is False: whoever sends it twice will kill in the end. Only a
+    process's main thread can do this: elsewhere nothing is received.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, again: bool = True) -> None:
         self.received: int | None = None
+        self._again = again
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> StopSignals:
@@ -40,4 +42,5 @@ class StopSignals:
 
     def _receive(self, signum: int, _frame: FrameType | None) -> None:
         self.received = signum
-        self.__exit__()
+        if self._again:
+            self.__exit__()

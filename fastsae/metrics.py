@@ -6,7 +6,7 @@ Shapes: N tokens, D width, L latents, K active latents.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -25,28 +25,33 @@ class TrainingMetrics:
     def __init__(self, name: str, coder: FastSae):
         self.name, self.coder = name, coder
         self.tokens_since_fired = torch.zeros(coder.num_latents, dtype=torch.int64, device=coder.device)
-        self._fired = torch.zeros(coder.num_latents, dtype=torch.bool, device=coder.device)
+        self.fired = torch.zeros(coder.num_latents, dtype=torch.bool, device=coder.device)  # in this step
         self._dead: DeadLatents | None = None
-        self._sums = torch.zeros(4, device=coder.device)  # fvu, auxk, multi_topk_fvu, batches
+        self.step_sums = torch.zeros(4, device=coder.device)  # fvu, auxk, multi_topk_fvu, batches; of this step
+        self._sums = torch.zeros(4, device=coder.device)  # and of those before it
         self.stopwatch = Stopwatch(coder.device)
         self._bad_step = torch.full((2,), -1, dtype=torch.int64, device=coder.device)  # activations, losses
 
-    def add(self, losses: StepLosses, share: float) -> None:
+    def add(self, losses: StepLosses, share: float | Tensor) -> None:
         """Add the losses of a batch, or of a chunk that holds ``share`` of it; no synchronisation."""
-        self._sums[:3] += torch.stack([losses.fvu, losses.auxk, losses.multi_topk_fvu]).float()
-        self._sums[3] += share
-        self._fired |= losses.fired
+        self.step_sums[:3] += torch.stack([losses.fvu, losses.auxk, losses.multi_topk_fvu]).float()
+        self.step_sums[3] += share
+        self.fired |= losses.fired
 
-    def watch(self, step: int, variance: Tensor) -> None:
+    def watch(self, step: int, variance: Tensor | None = None) -> None:
         """Remember the first step at which the activations' variance or the losses stopped being usable."""
-        usable = torch.stack([variance.isfinite() & (variance > 0), self._sums.isfinite().all()])
+        losses = self.step_sums.isfinite().all()
+        varies = torch.ones_like(losses) if variance is None else variance.isfinite() & (variance > 0)
+        usable = torch.stack([varies, losses])
         self._bad_step = torch.where((self._bad_step < 0) & ~usable, step, self._bad_step)
 
     def end_step(self, tokens: int, threshold: int | None = None) -> None:
         """Count a step's tokens; latents that fired in it start from 0. ``threshold``: find the dead ones."""
         self.tokens_since_fired += tokens
-        self.tokens_since_fired.masked_fill_(self._fired, 0)
-        self._fired.zero_()
+        self.tokens_since_fired.masked_fill_(self.fired, 0)
+        self.fired.zero_()
+        self._sums += self.step_sums
+        self.step_sums.zero_()
         self._dead = None if threshold is None else DeadLatents(self.dead(threshold))
 
     def state_dict(self) -> dict[str, Any]:
@@ -78,8 +83,9 @@ class TrainingMetrics:
         """Means since the last reading, as Python numbers; raises :class:`NonFiniteError` by name and step."""
         self.check()
         self.stopwatch.read()
-        sums = self._sums.tolist()
+        sums = (self._sums + self.step_sums).tolist()
         self._sums.zero_()
+        self.step_sums.zero_()
         batches = max(sums[3], 1e-9)
         values = {"fvu": sums[0] / batches, "dead_pct": 100 * self.dead(threshold).float().mean().item()}
         if sums[1]:
@@ -166,18 +172,25 @@ class Stopwatch:
 
 @torch.no_grad()
 def held_out_metrics(
-    coders: dict[str, FastSae], model_pass: ModelPass, batches: Iterable[dict[str, Tensor]]
-) -> dict[str, dict[str, float]]:
-    """FVU and L0 of every coder, with the weights it has now, over ``batches``."""
-    measured = {name: ErrorSums() for name in coders}
+    coders: dict[str, FastSae], model_pass: ModelPass, batches: Iterable[dict[str, Tensor]],
+    all_sum: Callable[[Tensor], Tensor] | None = None,
+) -> dict[str, dict[str, float]]:  # fmt: skip
+    """FVU and L0 of every coder, with the weights it has now, over ``batches``.
+
+    ``all_sum`` adds up what ranks measured that hold other batches.
+    """
+    centres = {name: None if all_sum is None else coder.b_dec.double() for name, coder in coders.items()}
+    measured = {name: ErrorSums(centre) for name, centre in centres.items()}
 
     def measure(hookpoint: str, x: Tensor, y: Tensor) -> None:
         for name, coder in coders.items():
-            if name.partition("/")[0] == hookpoint:
+            if name.partition("/")[0] == hookpoint and len(y):
                 measured[name].add(y[None], _as_one_sequence(coder(x, y)))
 
     for rows in batches:
         model_pass.run(rows, measure, at="held-out data")
+    for sums in measured.values() if all_sum is not None else ():
+        sums.add_ranks(all_sum)
     return {name: sums.totals() for name, sums in measured.items()}
 
 

@@ -42,13 +42,14 @@ class MicroBatches:
         cfg: TrainConfig,
         *,
         variance: Tensor,  # []
+        count: float | Tensor,  # tokens of the whole batch, of which other ranks may have some
         share: float,
         optimizer: RowOptimizer | None,
         inside: bool,
         k: int,
     ) -> None:
         """Gradients and metrics of a batch; ``inside``: and the matrices' step, if memory lasts for it."""
-        todo = deque(zip(x.chunk(self.parts), y.chunk(self.parts), strict=True))
+        todo = deque(zip(x.chunk(self.parts), y.chunk(self.parts), strict=True) if len(y) else ())
         while todo:
             x_part, y_part = todo.popleft()
             try:
@@ -65,7 +66,7 @@ class MicroBatches:
                 todo.extendleft(reversed(list(zip(x_part.chunk(2), y_part.chunk(2), strict=True))))
                 inside = False
             else:
-                metrics.add(losses, len(y_part) / len(y))
+                metrics.add(losses, len(y_part) / count)
 
     def _halve(self, name: str, tokens: int, all_tokens: int) -> None:
         """Of a batch of ``all_tokens``, a part of ``tokens`` did not fit: make parts of half that size."""

@@ -7,11 +7,11 @@ from typing import Any
 
 from .config import SaeConfig, TrainConfig
 from .data import load_tokens
+from .distributed.world import joined, local_device
 from .errors import ArtifactError
-from .model import load_model, load_tokenizer
 from .options import build
 from .resume import check_resume_options, run_config_file
-from .run import fit, print_result
+from .run import fit, load_here, print_result
 from .run_config import RunConfig
 from .run_file import read_run_file
 from .trainer import Trainer
@@ -37,9 +37,14 @@ def resume_run(folder: str, given: dict[str, Any]) -> None:
     options.pop("finetune", None)  # its weights are older than the state's
     cfg: TrainConfig = build(TrainConfig, options, sae=build(SaeConfig, options))
     run: RunConfig = build(RunConfig, options)
-    model = load_model(names["model"], run)
-    dataset = load_tokens(names["dataset"], run, lambda: load_tokenizer(names["model"], run), model.config)
-    trainer = Trainer(cfg, dataset, model, origin={**names, **run.to_dict()})
-    trainer.resume(run_folder)
-    logger.info("going on after step %d of %d: %s", trainer.step, trainer.total_steps, ", ".join(trainer.coders))
-    print_result(fit(trainer), names["model"], options)
+    device = local_device(run.device)
+    with joined(device) as world:
+        model, tokenizer = load_here(names["model"], run, device, world)
+        with world.one_first():
+            dataset = load_tokens(names["dataset"], run, tokenizer, model.config)
+        trainer = Trainer(cfg, dataset, model, origin={**names, **run.to_dict()}, world=world)
+        trainer.resume(run_folder)
+        logger.info("going on after step %d of %d: %s", trainer.step, trainer.total_steps, ", ".join(trainer.coders))
+        summary = fit(trainer)
+    if world.first:
+        print_result(summary, names["model"], options)

@@ -32,6 +32,14 @@ class RowSource(ABC):
     def take(self, count: int) -> list[Row]:
         """The next ``count`` rows; fewer at the end, and none behind it."""
 
+    def take_part(self, count: int, part: Callable[[int], range]) -> tuple[list[Row], int]:
+        """Those of the next ``count`` rows whose positions are in ``part(rows there)``, and how many there were.
+
+        The cursor moves over all of them: ranks that take parts of the same rows stay together.
+        """
+        rows = self.take(count)
+        return [rows[i] for i in part(len(rows))], len(rows)
+
     @abstractmethod
     def hold_out(self, count: int) -> RowSource:
         """Set ``count`` rows apart, before any is taken: the source returned gives them, this one no longer does."""
@@ -61,10 +69,14 @@ class MapRows(RowSource):
         return self._count
 
     def take(self, count: int) -> list[Row]:
+        return self.take_part(count, range)[0]
+
+    def take_part(self, count: int, part: Callable[[int], range]) -> tuple[list[Row], int]:
+        """Only the part is read."""
         here, self._next = self._next, min(self._next + count, self._count)
-        indices = range(self._start + here, self._start + self._next)
+        indices = [self._start + here + i for i in part(self._next - here)]
         many = getattr(self._dataset, "__getitems__", None)
-        return list(many(list(indices))) if many and indices else [self._dataset[i] for i in indices]
+        return list(many(indices)) if many and indices else [self._dataset[i] for i in indices], self._next - here
 
     def hold_out(self, count: int) -> MapRows:
         """The last ``count`` rows."""
@@ -91,20 +103,28 @@ class Batches:
     """Batches of a source's rows, in order: dicts of ``input_ids [B, S]`` int64 (and ``attention_mask``).
 
     Nothing is read ahead: between two batches, the source's ``state_dict`` is the state of the batches given.
-    ``pin`` puts them into page-locked memory, for faster copies to a GPU.
+    ``pin`` puts them into page-locked memory, for faster copies to a GPU. ``part(rows in a batch)`` says which of a
+    batch's rows are given, where others take the rest; without any, one row comes with ``counts [1, S]`` false: its
+    tokens are not trained on, but the model runs on it as elsewhere.
     """
 
-    def __init__(self, rows: RowSource, batch_size: int, *, pin: bool = False):
-        self.rows, self.batch_size, self._pin = rows, batch_size, pin
+    def __init__(self, rows: RowSource, batch_size: int, *, pin: bool = False, part: Callable[[int], range] = range):
+        self.rows, self.batch_size, self._pin, self._part = rows, batch_size, pin, part
 
     def __len__(self) -> int:
         """Batches in all, from the first row; the last may be smaller."""
         return -(-len(self.rows) // self.batch_size)
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
-        while rows := self.rows.take(self.batch_size):
-            batch = collate(rows)
+        while (taken := self.rows.take_part(self.batch_size, self._part))[1]:
+            batch = collate(taken[0]) if taken[0] else _idle()
             yield {key: tensor.pin_memory() for key, tensor in batch.items()} if self._pin else batch
+
+
+def _idle() -> dict[str, Tensor]:
+    """A batch of nothing, on which the model runs all the same."""
+    ids = torch.zeros(1, 1, dtype=torch.int64)
+    return {"input_ids": ids, "counts": torch.zeros_like(ids, dtype=torch.bool)}
 
 
 def split_held_out(dataset: Any, wanted: int) -> tuple[RowSource, RowSource]:

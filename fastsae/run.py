@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from . import demo
 from .config import SaeConfig, TrainConfig
 from .data import load_tokens
+from .distributed.world import World, joined, local_device
 from .model import load_model, load_tokenizer, resolve_device
 from .ops import resolve
 from .options import build
@@ -42,22 +46,44 @@ def train_run(options: dict[str, Any]) -> None:
     cfg: TrainConfig = build(TrainConfig, options, sae=build(SaeConfig, options))
     run: RunConfig = build(RunConfig, options)
 
-    resolve(cfg.implementation, resolve_device(run.device))
+    device = local_device(run.device)
+    resolve(cfg.implementation, resolve_device(device))
     check_trackers(cfg.log_to)
     for text in cfg.set:
         parse_override(text)
-    with claimed_run_folder(cfg, model_name) as folder:  # a folder that cannot be written shows now, not after the work
+    # a folder that cannot be written shows now, not after the work
+    with joined(device) as world, _claimed(world, cfg, model_name) as folder:
         cfg = dataclasses.replace(cfg, run_name=folder.name)
-        model = load_model(model_name, run)
-        tokenizer = cache(lambda: load_tokenizer(model_name, run))
+        model, tokenizer = load_here(model_name, run, device, world)
         if excluded_names:
             cfg = _exclude(cfg, excluded_names, tokenizer())
-        dataset = load_tokens(dataset_name, run, tokenizer, model.config)
+        with world.one_first():
+            dataset = load_tokens(dataset_name, run, tokenizer, model.config)
         origin = {"model": model_name, "dataset": dataset_name, **run.to_dict()}
-        trainer = Trainer(cfg, dataset, model, origin=origin)
+        trainer = Trainer(cfg, dataset, model, origin=origin, world=world)
         _say_what_is_trained(trainer)
         summary = fit(trainer)
-    print_result(summary, model_name, options)
+    if world.first:
+        print_result(summary, model_name, options)
+
+
+def load_here(
+    name: str, run: RunConfig, device: str | None, world: World
+) -> tuple[PreTrainedModel, Callable[[], PreTrainedTokenizerBase]]:
+    """(the model on this process's device, a function that loads its tokenizer); downloads come once per machine."""
+    with world.one_first():
+        model = load_model(name, dataclasses.replace(run, device=device))
+    return model, cache(lambda: load_tokenizer(name, run))
+
+
+@contextmanager
+def _claimed(world: World, cfg: TrainConfig, model_name: str) -> Iterator[Path]:
+    """The run's folder, which rank 0 has found writable."""
+    if not world.first:
+        yield Path(world.share(""))
+        return
+    with claimed_run_folder(cfg, model_name) as folder:
+        yield Path(world.share(str(folder)))
 
 
 def fit(trainer: Trainer) -> RunSummary:

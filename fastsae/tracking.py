@@ -41,6 +41,16 @@ class Tracker:
             self._board.close()
 
 
+class Silence:
+    """A tracker of ranks that record nothing: rank 0 does."""
+
+    def log(self, step: int, values: dict[str, float]) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
 def check_trackers(log_to: Sequence[str]) -> None:
     """Raise :class:`ConfigError` where a tracker's package is not installed: before any work, not after it."""
     for name in log_to:

@@ -17,11 +17,12 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from . import loss
 from .activations import ModelPass
 from .batches import prefetched
 from .coders import activation_size, find_hookpoints, init_biases, make_coders
 from .config import TrainConfig
+from .distributed.strategies import make_strategy
+from .distributed.world import World, current
 from .errors import ArtifactError
 from .metrics import TrainingMetrics, held_out_metrics
 from .micro_batches import MicroBatches
@@ -35,18 +36,27 @@ from .trainer_state import load_into, state_of
 class StepTrainer:
     """Takes optimizer steps, measures, and can be stored between any two of them; :class:`Trainer` makes runs of it."""
 
-    def __init__(self, cfg: TrainConfig, dataset: Any, model: PreTrainedModel, *, origin: dict[str, Any] | None = None):
+    def __init__(
+        self, cfg: TrainConfig, dataset: Any, model: PreTrainedModel, *, origin: dict[str, Any] | None = None,
+        world: World | None = None,
+    ):  # fmt: skip
         self.cfg, self.model, self.origin = cfg, model, origin or {}
+        self.world = current() if world is None else world
+        self._strategy = make_strategy(cfg, self.world)
         rows, self.held_out_rows = split_held_out(dataset, cfg.held_out)
         self._held_out_start = self.held_out_rows.state_dict()
-        self._batches = Batches(rows, cfg.batch_size, pin=model.device.type == "cuda")
+        pin, together = model.device.type == "cuda", cfg.batch_size * self.world.size
+        self._batches = Batches(rows, together, pin=pin, part=self.world.part)
         self._cursor: Callable[[], dict[str, Any]] = rows.snapshot()  # after the batches trained on
         self.total_steps = -(-len(self._batches) // cfg.grad_acc_steps)
         if self.total_steps == 0:
             raise ArtifactError("dataset: expected at least one sequence to train on, got none")
 
         self.hookpoints = find_hookpoints(model, cfg)
-        self._pass = ModelPass(model, self.hookpoints, transcode=cfg.sae.transcode, exclude_tokens=cfg.exclude_tokens)
+        self._pass = ModelPass(
+            model, self.hookpoints, transcode=cfg.sae.transcode, exclude_tokens=cfg.exclude_tokens,
+            empty=self.world.size > 1,
+        )  # fmt: skip
         self.coders = make_coders(cfg, self.hookpoints, model)
         self._finetuned = {} if cfg.finetune is None else load_pretrained(self.coders, cfg.finetune, self._model_name())
         self.metrics = {name: TrainingMetrics(name, coder) for name, coder in self.coders.items()}
@@ -60,14 +70,27 @@ class StepTrainer:
         self._initialised = set(self._finetuned)
         self._activation_sizes: dict[str, dict[str, float]] = {}  # by hookpoint, on its first batch
 
-    def train_step(self, batches: list[dict[str, Tensor]]) -> None:
-        """One optimizer step on the summed gradients of ``batches`` (each with ``input_ids [B, S]``)."""
-        share = 1 / len(batches)
+    def train_step(self, batches: list[dict[str, Tensor]], counts: list[int] | None = None) -> None:
+        """One optimizer step on the summed gradients of ``batches`` (each with ``input_ids [B, S]``).
+
+        Of each batch the other ranks have other parts; ``counts`` are :meth:`count_tokens`'.
+        """
+        counts = self.count_tokens(batches)[0] if counts is None else counts
+        share, tokens = 1 / len(batches), sum(counts)
 
         def train(hookpoint: str, x: Tensor, y: Tensor) -> None:
             self._train_hookpoint(hookpoint, x, y, share)
 
-        tokens = sum(self._pass.run(rows, train, at=f"step {self.step + 1}") for rows in batches)
+        def deliver(hookpoint: str, x: Tensor, y: Tensor) -> None:
+            self._strategy.deliver(hookpoint, x, y, train)
+
+        for rows, count in zip(batches, counts, strict=True):
+            if count:
+                self._pass.run(rows, deliver, at=f"step {self.step + 1}")
+                self._strategy.end_batch(train)
+        self._strategy.reduce(self.coders, self.metrics)
+        for metrics in self.metrics.values():
+            metrics.watch(self.step + 1)
         self._lr = max(learning_rates(self.optimizer))
         apply_gradients(self.optimizer, self.coders.values(), self.cfg.max_grad_norm)
         self.schedule.step()
@@ -77,29 +100,33 @@ class StepTrainer:
         self.step += 1
         self.tokens += tokens
 
+    def count_tokens(self, batches: list[dict[str, Tensor]], signal: int = 0) -> tuple[list[int], int]:
+        """(tokens of each batch over all ranks, the highest ``signal`` that any rank received)."""
+        return self._strategy.tokens([self._pass.count(rows) for rows in batches], signal)
+
     def _train_hookpoint(self, hookpoint: str, x: Tensor, y: Tensor, share: float) -> None:
         if hookpoint not in self._activation_sizes:
-            self._activation_sizes[hookpoint] = activation_size(y)
-        variance = loss.total_variance(y)
+            self._activation_sizes[hookpoint] = activation_size(y, self._strategy.mean_of)
+        variance, count = self._strategy.variance(y)
         for name, coder in self.coders.items():
             if name.partition("/")[0] != hookpoint:
                 continue
             if name in self._finetuned:
                 warn_of_other_size(name, self._finetuned.pop(name), self._activation_sizes[hookpoint])
             if name not in self._initialised:
-                init_biases(coder, x, y)
+                init_biases(coder, x, y, self._strategy.mean_of)
                 self._initialised.add(name)
             optimizer = self.optimizer if isinstance(self.optimizer, RowOptimizer) else None
             with self.metrics[name].stopwatch:
                 self.micro_batches.train(
-                    coder, x, y, self.metrics[name], self.cfg, variance=variance, share=share, optimizer=optimizer,
-                    inside=self._in_place(), k=active_latents(self.cfg, coder, self.step),
+                    coder, x, y, self.metrics[name], self.cfg, variance=variance, count=count, share=share,
+                    optimizer=optimizer, inside=self._in_place(), k=active_latents(self.cfg, coder, self.step),
                 )  # fmt: skip
             self.metrics[name].watch(self.step + 1, variance)
 
     def _in_place(self) -> bool:
         """Whether matrices can take their step inside the backward pass: nothing else needs their gradients."""
-        once = all(hookpoint.calls == 1 for hookpoint in self.hookpoints.values())
+        once = self._strategy.fuses and all(hookpoint.calls == 1 for hookpoint in self.hookpoints.values())
         return once and self.cfg.grad_acc_steps == self.micro_batches.parts == 1 and self.cfg.max_grad_norm is None
 
     def read_metrics(self) -> dict[str, float]:
@@ -123,7 +150,8 @@ class StepTrainer:
         """FVU and L0 of every coder on the held-out sequences."""
         self.held_out_rows.load_state_dict(self._held_out_start)
         with self.evaluation_weights():
-            return held_out_metrics(self.coders, self._pass, Batches(self.held_out_rows, self.cfg.batch_size))
+            batches = Batches(self.held_out_rows, self._batches.batch_size, part=self.world.part)
+            return held_out_metrics(self.coders, self._pass, batches, self._strategy.all_sum)
 
     def state_dict(self) -> dict[str, Any]:
         """All that the next step depends on: plain values, and tensors."""

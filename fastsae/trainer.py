@@ -14,13 +14,14 @@ from transformers import PreTrainedModel
 
 from .checkpoint import write_json
 from .config import TrainConfig
+from .distributed.world import World
 from .errors import ArtifactError
 from .interrupt import Interrupted, StopSignals
 from .progress import CoderSummary, RunSummary, TrainProgress
 from .resume import check_same_run, rewind_metrics
 from .run_folder import create_run_folder
 from .saving import keep_best, keep_checkpoint, save_coders
-from .tracking import Tracker
+from .tracking import Silence, Tracker
 from .train_step import StepTrainer
 from .training_state import drop_states, read_newest_state, write_state
 from .version import __version__
@@ -34,10 +35,13 @@ class Trainer(StepTrainer):
     ``h.0.mlp.act/seed1``) to :class:`FastSae`. ``origin`` is stored in the run's config.json.
     """
 
-    def __init__(self, cfg: TrainConfig, dataset: Any, model: PreTrainedModel, *, origin: dict[str, Any] | None = None):
-        super().__init__(cfg, dataset, model, origin=origin)
+    def __init__(
+        self, cfg: TrainConfig, dataset: Any, model: PreTrainedModel, *, origin: dict[str, Any] | None = None,
+        world: World | None = None,
+    ):  # fmt: skip
+        super().__init__(cfg, dataset, model, origin=origin, world=world)
         self.folder: Path | None = None
-        self._ended = False
+        self._ended, self._saved = False, 0
 
     def fit(self, *, progress: bool = True) -> RunSummary:
         """Train to the end of the dataset, save, measure on the held-out sequences.
@@ -48,11 +52,11 @@ class Trainer(StepTrainer):
         config = {**self.cfg.to_dict(), **self.origin}
         resumed = self.folder is not None
         if self.folder is None:
-            self.folder = create_run_folder(self.cfg, self._model_name())
-            write_json(self.folder / "config.json", config)
-        tracker = Tracker(self.folder, self.cfg.log_to, config)
+            self.folder = self._create_folder(config)
+        tracker = Tracker(self.folder, self.cfg.log_to, config) if self.world.first else Silence()
+        again = self.world.size == 1  # torchrun sends signals twice, and ends what does not end itself
         try:
-            with TrainProgress(self.total_steps, progress) as bar, StopSignals() as signals:
+            with TrainProgress(self.total_steps, progress and self.world.first) as bar, StopSignals(again) as signals:
                 bar.advance(self.step)
                 if resumed:
                     self._save_coders()  # a crash may have come between the state and the coders
@@ -60,20 +64,30 @@ class Trainer(StepTrainer):
             summary = self.summarise(time.perf_counter() - self._start)
         finally:
             tracker.close()
-        drop_states(self.folder)
+        self.world.wait()
+        if self.world.first:
+            drop_states(self.folder)
         return summary
 
-    def _train(self, tracker: Tracker, bar: TrainProgress, signals: StopSignals) -> None:
+    def _create_folder(self, config: dict[str, Any]) -> Path:
+        folder = None
+        if self.world.first:
+            folder = create_run_folder(self.cfg, self._model_name())
+            write_json(folder / "config.json", config)
+        return Path(self.world.share(str(folder)))
+
+    def _train(self, tracker: Tracker | Silence, bar: TrainProgress, signals: StopSignals) -> None:
         logged = self.step
         for batches, cursor in self._steps():
-            self.train_step(batches)
+            counts, signal = self.count_tokens(batches, signals.received or 0)
+            if signal and self.step:
+                self._stop(signal)
+            self.train_step(batches, counts)
             self._cursor = cursor
             bar.advance()
             if self.step % self.cfg.log_every == 0 or self.step == self.total_steps:
                 self._log(tracker, bar)
                 logged = self.step
-            if signals.received is not None and self.step < self.total_steps:
-                self._stop(signals.received)
             if self._save_is_due() and self.step < self.total_steps and self.tokens:
                 self.save()
         if self.tokens == 0:
@@ -86,7 +100,7 @@ class Trainer(StepTrainer):
         self._ended = True
         self.save()
 
-    def _log(self, tracker: Tracker, bar: TrainProgress) -> None:
+    def _log(self, tracker: Tracker | Silence, bar: TrainProgress) -> None:
         values = self.read_metrics()
         values["tokens_per_second"] = self.tokens / (time.perf_counter() - self._start)
         try:
@@ -122,8 +136,11 @@ class Trainer(StepTrainer):
         for metrics in self.metrics.values():
             metrics.check()
             metrics.check_weights(self.step)
-        write_state(self.folder, self.step, self.state_dict())
+        state = self.state_dict()
+        if self.world.first:
+            write_state(self.folder, self.step, state)
         self._save_coders()
+        self._saved = self.step
 
     def _save_coders(self) -> None:
         assert self.folder is not None
@@ -131,6 +148,8 @@ class Trainer(StepTrainer):
             coder.notes = self._notes(name)
         checkpoint = self._save_is_due() or self._ended  # else a stop, which leaves no trace
         held_out = self.held_out_metrics() if self.cfg.save_best and checkpoint else None
+        if not self.world.first:
+            return
         with self.evaluation_weights():
             save_coders(self.folder, self.coders)
             if checkpoint:
@@ -142,7 +161,8 @@ class Trainer(StepTrainer):
         return self.step % self.cfg.save_every == 0
 
     def _stop(self, signum: int) -> None:
-        self.save()
+        if self._saved != self.step:
+            self.save()
         raise Interrupted(
             f"stopped and saved after step {self.step} of {self.total_steps}; "
             f"go on with: fastsae train --resume {self.folder}", signum,
@@ -154,10 +174,12 @@ class Trainer(StepTrainer):
         The trainer must have been made with the run's own config, model and dataset. Raises
         :class:`CheckpointError` where there is no whole training state, or it is another run's.
         """
-        step, state = read_newest_state(Path(folder))
+        with self.world.one_first(of_machine=False):  # which may delete a damaged one
+            step, state = read_newest_state(Path(folder))
         check_same_run(self.cfg, state)
         self.load_state_dict(state)
-        rewind_metrics(Path(folder), step)
+        if self.world.first:
+            rewind_metrics(Path(folder), step)
         self.folder = Path(folder)
 
     def _notes(self, name: str) -> dict[str, Any]:

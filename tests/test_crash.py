@@ -101,9 +101,9 @@ def test_killed_in_the_middle_of_saves_and_stopped_then_resumed(tmp_path):
 
     code, err = command.stop("--resume", str(run), at=f"sync|cfg.json.part|{state}/step-8", signum=signal.SIGTERM)
     assert code == 128 + signal.SIGTERM
-    assert f"saved after step 9 of 10; go on with: fastsae train --resume {run}" in " ".join(err.split())
+    assert f"saved after step 8 of 10; go on with: fastsae train --resume {run}" in " ".join(err.split())
 
-    assert "going on after step 9 of 10: h.1" in command.finish("--resume", str(run))
+    assert "going on after step 8 of 10: h.1" in command.finish("--resume", str(run))
     whole = files(tmp_path / "whole/run")
     assert files(run) == whole
     assert {"h.1/sae.safetensors", "steps/8/h.1/sae.safetensors", "steps/10/h.1/cfg.json", "best/best.json"} <= set(

@@ -31,7 +31,7 @@ FLOORS = {
         "activations coders row_optimizer compat saving error_sums",
         "joint optim",
         "metrics saved model_card",
-        "micro_batches pretrained trainer_state",
+        "micro_batches pretrained trainer_state distributed",
         "train_step",
         "trainer eval encode push",
         "report activation_cache",
@@ -61,6 +61,7 @@ FLOORS = {
         "run",
     ],
     "activation_cache": ["__init__ config index", "read write", "run"],
+    "distributed": ["__init__ world", "reduction", "strategy", "strategies"],
     "report": ["__init__ config codes curves lens", "latents page", "run"],
     "cli": ["app", "train look convert", "__init__"],
 }
@@ -71,6 +72,7 @@ WITHIN = {
     "sparsify": ["compat", "fastsae"],
     "eval": ["fastsae"],
     "report": ["fastsae"],
+    "distributed": ["fastsae"],
     "activation_cache": ["fastsae"],
     "cli": ["fastsae"],
 }
@@ -83,6 +85,7 @@ PACKAGES = {
     "sparsify": ROOT / "fastsae/compat/sparsify",
     "eval": ROOT / "fastsae/eval",
     "report": ROOT / "fastsae/report",
+    "distributed": ROOT / "fastsae/distributed",
     "activation_cache": ROOT / "fastsae/activation_cache",
     "cli": ROOT / "fastsae/cli",
 }

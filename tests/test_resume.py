@@ -49,8 +49,8 @@ def after_step(trainer: Trainer, step: int, action) -> None:
     """Let ``action`` run when ``step`` is done, before anything is saved."""
     train_step = trainer.train_step
 
-    def then(batches):
-        train_step(batches)
+    def then(batches, *counts):
+        train_step(batches, *counts)
         if trainer.step == step:
             action()
 

@@ -12,7 +12,7 @@ from ..compat.sparsify_flags import translate
 from ..errors import FastsaeError
 from ..options import normalise
 from ..version import __version__
-from .app import CONFIGS, OPTIONS, app, escape
+from .app import CONFIGS, OPTIONS, app, escape, speaker
 
 # isort: off
 from . import train, look, convert  # noqa: F401  (commands register themselves, in the order of --help)
@@ -28,7 +28,9 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         app(arguments)
     except FastsaeError as error:
-        Console(stderr=True).print(f"[bold red]error:[/] {escape(str(error))}", soft_wrap=True, highlight=False)
+        Console(stderr=True).print(
+            f"{speaker()}[bold red]error:[/] {escape(str(error))}", soft_wrap=True, highlight=False
+        )
         raise SystemExit(2) from None
     except KeyboardInterrupt:
         raise SystemExit(130) from None

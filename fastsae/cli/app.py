@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import warnings
 
 import typer
@@ -41,7 +42,7 @@ OPTIONS = {
 def show_notes(level: int = logging.INFO) -> None:
     """One-line notes on stderr; the libraries below keep their warnings to themselves."""
     notes = logging.getLogger("fastsae")
-    notes.setLevel(level)
+    notes.setLevel(level if is_first() else logging.ERROR)  # rank 0 says it for all
     if not notes.handlers:
         console = Console(stderr=True)
         notes.addHandler(RichHandler(console=console, show_time=False, show_path=False, show_level=False))
@@ -50,6 +51,16 @@ def show_notes(level: int = logging.INFO) -> None:
 
     transformers_logging.disable_progress_bar()  # of loading weights; downloads keep theirs
     transformers_logging.set_verbosity_error()  # the base model leaves the LM head out, on purpose
+
+
+def is_first() -> bool:
+    """Whether this process speaks for the others that torchrun started; before it has joined them."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def speaker() -> str:
+    """Which of several processes an error is of."""
+    return f"rank {os.environ['RANK']}: " if int(os.environ.get("WORLD_SIZE", "1")) > 1 else ""
 
 
 def escape(text: str) -> str:

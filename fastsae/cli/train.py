@@ -14,7 +14,7 @@ from ..interrupt import Interrupted
 from ..options import build, with_options
 from ..run_config import RunConfig
 from ..run_file import read_run_file
-from .app import CONFIGS, OPTIONS, app, escape, show_notes
+from .app import CONFIGS, OPTIONS, app, escape, is_first, show_notes
 
 
 @app.command()
@@ -63,7 +63,8 @@ def train(
             given = {**({} if config is None else read_run_file(config, CONFIGS)), **options}
             train_run({**given, **named})
     except Interrupted as stop:  # here, for typer has its own way with KeyboardInterrupt
-        Console(stderr=True).print(escape(str(stop)), soft_wrap=True, highlight=False)
+        if is_first():
+            Console(stderr=True).print(escape(str(stop)), soft_wrap=True, highlight=False)
         raise typer.Exit(128 + stop.signum) from None
 
 
