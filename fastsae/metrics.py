@@ -189,8 +189,9 @@ def held_out_metrics(
 
     for rows in batches:
         model_pass.run(rows, measure, at="held-out data")
-    for sums in measured.values() if all_sum is not None else ():
-        sums.add_ranks(all_sum)
+    if all_sum is not None:
+        for sums in measured.values():
+            sums.add_ranks(all_sum)
     return {name: sums.totals() for name, sums in measured.items()}
 
 
