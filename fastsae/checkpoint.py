@@ -8,6 +8,8 @@ from __future__ import annotations
 import difflib
 import json
 import os
+import shutil
+from collections.abc import Callable
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -33,6 +35,9 @@ HASH = "sha256"
 
 NOT_CODERS = {"best", "steps", "state"}
 """Folders of a run that hold other things than its coders."""
+
+ROWS = {"encoder.weight", "encoder.bias", "W_dec"}
+"""Tensors with a row per latent."""
 
 PICKLES = {".pt", ".pth", ".bin", ".pkl", ".pickle"}
 
@@ -74,16 +79,36 @@ def read_coder(folder: Path | str) -> tuple[SaeConfig, int, dict[str, Tensor], d
 def write_coder(
     folder: Path | str, cfg: SaeConfig, d_in: int, tensors: dict[str, Tensor], notes: dict[str, Any]
 ) -> None:
-    """Write one coder, whole or not at all: after a crash at any point, the old one or the new one reads back.
+    """Write one coder, whole or not at all: after a crash at any point, the old one or the new one reads back."""
+    cpu = {name: tensor.detach().to("cpu").contiguous() for name, tensor in tensors.items()}
+    write_coder_file(folder, cfg, d_in, lambda beside: save_file(cpu, beside), notes)
+
+
+def write_coder_file(
+    folder: Path | str, cfg: SaeConfig, d_in: int, write: Callable[[Path], Any], notes: dict[str, Any]
+) -> None:
+    """The same, of a coder whose weights' file ``write`` writes.
 
     Both files are written beside, then renamed; should only the weights have been, the config beside still fits.
     """
-    folder = Path(folder)
+
+    def text(weights: Path) -> str:
+        values = {**cfg.to_dict(), "d_in": d_in, "fastsae": {**notes, HASH: sha256(weights)}}
+        return json.dumps(values, indent=2) + "\n"
+
+    _write_both(Path(folder), write, text)
+
+
+def copy_coder(source: Path, folder: Path) -> None:
+    """The same coder in another folder, written as :func:`write_coder` writes."""
+    text = (source / CONFIG_FILE).read_text(encoding="utf-8")
+    _write_both(folder, lambda beside: shutil.copyfile(source / WEIGHTS_FILE, beside), lambda _: text)
+
+
+def _write_both(folder: Path, write: Callable[[Path], Any], config_of: Callable[[Path], str]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    cpu = {name: tensor.detach().to("cpu").contiguous() for name, tensor in tensors.items()}
-    weights = write_beside(folder / WEIGHTS_FILE, lambda beside: save_file(cpu, beside))
-    values = {**cfg.to_dict(), "d_in": d_in, "fastsae": {**notes, HASH: sha256(weights)}}
-    text = json.dumps(values, indent=2) + "\n"
+    weights = write_beside(folder / WEIGHTS_FILE, write)
+    text = config_of(weights)
     try:
         config = write_beside(folder / CONFIG_FILE, lambda beside: beside.write_text(text, encoding="utf-8"))
     except ArtifactError:

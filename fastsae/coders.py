@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from .config import TrainConfig
+from .config import SaeConfig, TrainConfig
 from .errors import ConfigError, HookpointError
 from .hooks import Hookpoint, layer_hookpoints, probe, resolve_hookpoints
 from .overrides import coder_name, parse_override, resolve_variants
@@ -52,24 +53,46 @@ def _check_transcoder(at: Hookpoint) -> None:
         )
 
 
-def make_coders(cfg: TrainConfig, hookpoints: dict[str, Hookpoint], model: PreTrainedModel) -> dict[str, FastSae]:
-    """One float32 coder per hookpoint, variant (``cfg.set``) and seed, on the model's device.
+class CoderSpec(NamedTuple):
+    """A coder that a run trains."""
 
-    Named ``HOOK``, ``HOOK/seed1``, ``HOOK/k32``, ``HOOK/k32/seed1``.
+    width: int  # D
+    sae: SaeConfig
+    seed: int
+
+    @property
+    def num_latents(self) -> int:
+        return self.sae.latents_for(self.width)
+
+
+def coder_specs(cfg: TrainConfig, hookpoints: dict[str, Hookpoint]) -> dict[str, CoderSpec]:
+    """A coder per hookpoint, variant (``cfg.set``) and seed: ``HOOK``, ``HOOK/seed1``, ``HOOK/k32/seed1``.
+
+    Raises :class:`ConfigError` for one that cannot be.
     """
-    coders = {}
+    specs = {}
     variants = resolve_variants(cfg.sae, map(parse_override, cfg.set), hookpoints)
     for name, hookpoint in hookpoints.items():
         for variant, sae in variants[name].items():
             for seed in cfg.init_seeds:
-                with torch.random.fork_rng(devices=[]):
-                    torch.manual_seed(seed)
-                    try:
-                        coder = FastSae(hookpoint.d_out, sae, dtype=torch.float32, implementation=cfg.implementation)
-                    except ConfigError as error:
-                        raise ConfigError(f"{name} (width {hookpoint.d_out}): {error}") from None
                 seeded = seed if len(cfg.init_seeds) > 1 else None
-                coders[coder_name(name, variant, seeded)] = coder.to(model.device)
+                spec = specs[coder_name(name, variant, seeded)] = CoderSpec(hookpoint.d_out, sae, seed)
+                try:
+                    sae.latents_for(spec.width)
+                except ConfigError as error:
+                    raise ConfigError(f"{name} (width {hookpoint.d_out}): {error}") from None
+    return specs
+
+
+def make_coders(
+    specs: dict[str, CoderSpec], device: torch.device, make: Callable[[int, SaeConfig], FastSae]
+) -> dict[str, FastSae]:
+    """The coders on ``device``, each made by ``make(width, cfg)`` under its seed."""
+    coders = {}
+    for name, spec in specs.items():
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(spec.seed)
+            coders[name] = make(spec.width, spec.sae).to(device)
     return coders
 
 

@@ -109,6 +109,12 @@ class TrainConfig:
     max_grad_norm: float | None = None
     """Scale each coder's gradient down to this norm in every step; by default it is left as it is."""
 
+    distribute_modules: bool = False
+    """Let each of several processes (torchrun) own some of the coders, instead of a copy of all."""
+
+    distribute_latents: int = 1
+    """Processes (torchrun) that each coder's latents are split over, for coders larger than one device."""
+
     grad_reduce_dtype: Literal["float32", "bfloat16"] = "float32"
     """Precision in which several processes (torchrun) sum the gradients of their coders' matrices."""
 
@@ -179,6 +185,7 @@ class TrainConfig:
         check_types(self)
         for name in (
             "batch_size", "grad_acc_steps", "micro_acc_steps", "layer_stride", "save_every", "keep_last", "log_every",
+            "distribute_latents",
         ):  # fmt: skip
             require(getattr(self, name) >= 1, name, "at least 1", getattr(self, name))
         for name in ("lr_warmup_steps", "auxk_alpha", "dead_feature_threshold", "held_out", "k_decay_steps"):
@@ -193,10 +200,20 @@ class TrainConfig:
         if self.k_decay_steps and self.sae.activation != "topk":
             raise ConfigError("k_decay_steps: expected topk, got groupmax, whose k is its number of groups")
         require(len(set(self.init_seeds)) == len(self.init_seeds) > 0, "init_seeds", "distinct seeds", self.init_seeds)
+        if self.distribute_latents > 1:
+            self._check_latent_slices()
         if self.layers and self.hookpoints:
             raise ConfigError("expected layers or hookpoints, got both; drop one of them")
         if self.layers and self.layer_stride != 1:
             raise ConfigError("expected layers or layer_stride, got both; drop one of them")
+
+    def _check_latent_slices(self) -> None:
+        if self.distribute_modules:
+            raise ConfigError("expected distribute_modules or distribute_latents, got both; drop one of them")
+        if self.sae.multi_topk and self.sae.activation != "topk":
+            raise ConfigError("distribute_latents: expected topk with Multi-TopK, got groupmax; drop --multi-topk")
+        if self.optimizer == "bnb_adam8bit":
+            raise ConfigError("distribute_latents: expected another optimizer, got bnb_adam8bit; use adam8bit")
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)

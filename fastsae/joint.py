@@ -37,7 +37,8 @@ def joint_step(
     variance: Tensor,  # []
     cfg: TrainConfig,
     *,
-    dead: Tensor | None,  # [R] int64, ascending: latents that AuxK revives
+    dead: Tensor | None,  # [R] int64, ascending: latents that AuxK revives; of a slice, those in it
+    num_dead: int | None = None,  # of a slice: in the whole coder
     share: float,
     optimizer: RowOptimizer | None,
     inside: bool = True,
@@ -60,8 +61,8 @@ def joint_step(
         low.get(coder.encoder.weight), low.get(coder.W_dec),
     )  # fmt: skip
     k_aux = max(1, coder.d_in // 2)
-    multi_k = min(4 * k, coder.num_latents) if coder.cfg.multi_topk else 0
-    loss = Loss(variance, multi_k if multi_k > k else 0, dead, k_aux, cfg.auxk_alpha, share)
+    multi_k = min(4 * k, coder.all_latents) if coder.cfg.multi_topk else 0
+    loss = Loss(variance, multi_k if multi_k > k else 0, dead, k_aux, cfg.auxk_alpha, share, num_dead)
     small = [_grad(p) for p in (coder.encoder.bias, coder.b_dec, coder.W_skip) if p is not None]  # memory first
     if optimizer is not None and inside:
         sink = optimizer.row_step(coder)
@@ -69,8 +70,9 @@ def joint_step(
         sink = GradSink(_grad(coder.encoder.weight), _grad(coder.W_dec))
     try:
         out = ops.coder_step(
-            x, y, tensors, loss, sink, k=k, activation=coder.cfg.activation, implementation=coder.implementation
-        )
+            x, y, tensors, loss, sink,
+            k=k, activation=coder.cfg.activation, implementation=coder.implementation, peers=coder.peers,
+        )  # fmt: skip
     except RuntimeError as error:
         if sink.begun and is_out_of_memory(error):
             raise OutOfMemoryError(

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .activations import ModelPass
+from .activations import Use
 from .error_sums import ErrorSums
 from .errors import NonFiniteError
 from .joint import StepLosses
@@ -52,7 +52,7 @@ class TrainingMetrics:
         self.fired.zero_()
         self._sums += self.step_sums
         self.step_sums.zero_()
-        self._dead = None if threshold is None else DeadLatents(self.dead(threshold))
+        self._dead = None if threshold is None else self._find_dead(threshold)
 
     def state_dict(self) -> dict[str, Any]:
         """What the next step, and the next reading, depend on; between two steps."""
@@ -70,14 +70,28 @@ class TrainingMetrics:
         self._sums.copy_(state["sums"])
         self._bad_step.copy_(state["bad_step"])
         self.stopwatch = Stopwatch(self.coder.device, state["seconds"])
-        self._dead = DeadLatents(self.dead(threshold)) if state["looks_for_dead"] else None
+        self._dead = self._find_dead(threshold) if state["looks_for_dead"] else None
 
     def dead(self, threshold: int) -> Tensor:  # bool [L]
         return self.tokens_since_fired > threshold
 
+    def dead_pct(self, threshold: int) -> float:
+        """The share of all the coder's latents that are dead, in percent."""
+        return 100 * self.coder.over_slices(self.dead(threshold).sum()).item() / self.coder.all_latents
+
+    def _find_dead(self, threshold: int) -> DeadLatents:
+        return DeadLatents(self.dead(threshold), self.coder.over_slices)
+
     def dead_ids(self) -> Tensor | None:  # [R] int64, ascending
-        """The latents that were dead at the end of the last step; None where nobody looked, or none was."""
+        """The latents that were dead at the end of the last step; None where nobody looked, or none was.
+
+        Of a slice those in it, None where the whole coder has none.
+        """
         return None if self._dead is None else self._dead.ids()
+
+    def num_dead(self) -> int:
+        """How many latents of the whole coder :meth:`dead_ids` stands for."""
+        return 0 if self._dead is None else self._dead.count()
 
     def read(self, threshold: int) -> dict[str, float]:
         """Means since the last reading, as Python numbers; raises :class:`NonFiniteError` by name and step."""
@@ -87,7 +101,7 @@ class TrainingMetrics:
         self._sums.zero_()
         self.step_sums.zero_()
         batches = max(sums[3], 1e-9)
-        values = {"fvu": sums[0] / batches, "dead_pct": 100 * self.dead(threshold).float().mean().item()}
+        values = {"fvu": sums[0] / batches, "dead_pct": self.dead_pct(threshold)}
         if sums[1]:
             values["auxk"] = sums[1] / batches
         if self.coder.cfg.multi_topk:
@@ -122,22 +136,27 @@ class TrainingMetrics:
 class DeadLatents:
     """Which latents are dead, without stopping the GPU: their number travels to the host while it works on."""
 
-    def __init__(self, mask: Tensor):  # bool [L]
-        self._mask, self._count = mask, mask.sum()
+    def __init__(self, mask: Tensor, over_slices: Callable[[Tensor], Tensor]):  # bool [L]
+        self._mask = mask
+        self._counts = torch.stack([mask.sum(), over_slices(mask.sum())])  # here, and of the whole coder
         self._arrived: torch.cuda.Event | None = None
         self._ids: Tensor | None = None
         if mask.is_cuda:
-            self._count = torch.empty((), dtype=torch.int64, pin_memory=True).copy_(self._count, non_blocking=True)
+            self._counts = torch.empty(2, dtype=torch.int64, pin_memory=True).copy_(self._counts, non_blocking=True)
             self._arrived = torch.cuda.Event()
             self._arrived.record()
 
-    def ids(self) -> Tensor | None:  # [R] int64, ascending
-        """The dead latents; None where there are none."""
+    def count(self) -> int:
+        """How many of the whole coder's latents are dead."""
         if self._arrived is not None:
             self._arrived.synchronize()  # recorded a step ago: the GPU is past it, or the host is a step ahead
             self._arrived = None
-        if self._ids is None and int(self._count):
-            self._ids = torch.nonzero_static(self._mask, size=int(self._count))[:, 0]
+        return int(self._counts[1])
+
+    def ids(self) -> Tensor | None:  # [R] int64, ascending
+        """The dead latents, of a slice those in it; None where the whole coder has none."""
+        if self._ids is None and self.count():
+            self._ids = torch.nonzero_static(self._mask, size=int(self._counts[0]))[:, 0]
         return self._ids
 
 
@@ -172,12 +191,12 @@ class Stopwatch:
 
 @torch.no_grad()
 def held_out_metrics(
-    coders: dict[str, FastSae], model_pass: ModelPass, batches: Iterable[dict[str, Tensor]],
+    coders: dict[str, FastSae], batches: Iterable[dict[str, Tensor]], run: Callable[[dict[str, Tensor], Use], None],
     all_sum: Callable[[Tensor], Tensor] | None = None,
 ) -> dict[str, dict[str, float]]:  # fmt: skip
     """FVU and L0 of every coder, with the weights it has now, over ``batches``.
 
-    ``all_sum`` adds up what ranks measured that hold other batches.
+    ``run`` brings a batch's activations to the coders; ``all_sum`` adds up what ranks measured that hold other batches.
     """
     centres = {name: None if all_sum is None else coder.b_dec.double() for name, coder in coders.items()}
     measured = {name: ErrorSums(centre) for name, centre in centres.items()}
@@ -188,7 +207,7 @@ def held_out_metrics(
                 measured[name].add(y[None], _as_one_sequence(coder(x, y)))
 
     for rows in batches:
-        model_pass.run(rows, measure, at="held-out data")
+        run(rows, measure)
     if all_sum is not None:
         for sums in measured.values():
             sums.add_ranks(all_sum)

@@ -54,12 +54,17 @@ class MicroBatches:
             x_part, y_part = todo.popleft()
             try:
                 losses = joint_step(
-                    coder, x_part, y_part, variance, cfg, dead=metrics.dead_ids(), share=share, optimizer=optimizer,
-                    inside=inside, k=k,
+                    coder, x_part, y_part, variance, cfg, dead=metrics.dead_ids(),
+                    num_dead=metrics.num_dead(), share=share, optimizer=optimizer, inside=inside, k=k,
                 )  # fmt: skip
             except RuntimeError as error:
                 if not is_out_of_memory(error):
                     raise
+                if coder.peers is not None:  # other ranks are in the middle of this part
+                    raise OutOfMemoryError(
+                        f"{metrics.name}: out of memory on {len(y_part)} tokens; go on from the last checkpoint with a "
+                        "higher --micro-acc-steps, or start with a higher --distribute-latents"
+                    ) from error
                 losses = None  # what the error holds on to is freed at the end of this block
             if losses is None:
                 self._halve(metrics.name, len(y_part), len(y))

@@ -13,6 +13,7 @@ import os
 import fastsae_kernels
 import torch
 from fastsae_kernels import Coder, EncoderOutput, GradSink, Loss, RowStep, StepOutput
+from fastsae_kernels.split import Peers, all_winners, own_k, own_winners
 from fastsae_kernels.step import Sink
 from torch import Tensor
 
@@ -26,10 +27,14 @@ __all__ = [
     "EncoderOutput",
     "GradSink",
     "Loss",
+    "Peers",
     "RowStep",
     "Sink",
     "StepOutput",
+    "all_winners",
     "coder_step",
+    "own_k",
+    "own_winners",
     "resolve",
     "sparse_decode",
     "topk_encode",

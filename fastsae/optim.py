@@ -29,7 +29,7 @@ def make_optimizer(cfg: TrainConfig, coders: Iterable[FastSae], low_dtype: torch
     are then also kept in it. Raises :class:`ConfigError` where bitsandbytes is asked for and missing.
     """
     coders = list(coders)
-    rates = [cfg.lr or default_lr(cfg.optimizer, coder.num_latents) for coder in coders]
+    rates = [cfg.lr or default_lr(cfg.optimizer, coder.all_latents) for coder in coders]
     if cfg.optimizer in RULES:
         return RowOptimizer(coders, rates, RULES[cfg.optimizer], low_dtype)
     groups = [{"params": list(coder.parameters()), "lr": lr} for coder, lr in zip(coders, rates, strict=True)]
@@ -87,16 +87,28 @@ def apply_gradients(optimizer: Optimizer, coders: Iterable[FastSae], max_grad_no
             coder.remove_gradient_parallel_to_decoder_directions()
     if max_grad_norm is not None:
         for coder in coders:  # each by itself: its steps do not depend on what is trained beside it
-            torch.nn.utils.clip_grad_norm_(coder.parameters(), max_grad_norm)
+            _clip_gradient(coder, max_grad_norm)
     optimizer.step()
     optimizer.zero_grad(set_to_none=False)  # the next step's sums start in the same memory
     for coder in spheres if not isinstance(optimizer, RowOptimizer) else ():
         coder.set_decoder_norm_to_unit_norm()
 
 
+def _clip_gradient(coder: FastSae, max_norm: float) -> None:
+    parameters = list(coder.parameters())
+    if coder.peers is None:
+        torch.nn.utils.clip_grad_norm_(parameters, max_norm)
+        return
+    whole = {id(p) for p in (coder.b_dec, coder.W_skip)}  # on every rank, and the same
+    rows = [p.grad for p in parameters if id(p) not in whole and p.grad is not None]
+    square = coder.over_slices(torch.nn.utils.get_total_norm(rows).square())
+    small = torch.nn.utils.get_total_norm([p.grad for p in parameters if id(p) in whole and p.grad is not None])
+    torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, (square + small.square()).sqrt())
+
+
 def active_latents(cfg: TrainConfig, coder: FastSae, step: int) -> int:
     """k in optimizer step ``step`` (from 0): linear from min(latents, 10 D) to the coder's, as sparsify decays it."""
-    first, last = min(coder.num_latents, 10 * coder.d_in), coder.cfg.k
+    first, last = min(coder.all_latents, 10 * coder.d_in), coder.cfg.k
     if step >= cfg.k_decay_steps or first <= last or coder.cfg.activation != "topk":
         return last
     return round(first + (last - first) * step / cfg.k_decay_steps)

@@ -43,7 +43,7 @@ def warn_of_other_size(name: str, origin: Origin, size: dict[str, float]) -> Non
 
 
 def _check_alike(name: str, coder: FastSae, saved: FastSae) -> None:
-    ours = {"d_in": coder.d_in, "num_latents": coder.num_latents} | {f: getattr(coder.cfg, f) for f in ALIKE}
+    ours = {"d_in": coder.d_in, "num_latents": coder.all_latents} | {f: getattr(coder.cfg, f) for f in ALIKE}
     theirs = {"d_in": saved.d_in, "num_latents": saved.num_latents} | {f: getattr(saved.cfg, f) for f in ALIKE}
     for field, value in ours.items():
         if value != theirs[field]:
@@ -55,7 +55,7 @@ def _check_alike(name: str, coder: FastSae, saved: FastSae) -> None:
 
 @torch.no_grad()
 def _copy(name: str, coder: FastSae, saved: FastSae) -> None:
-    coder.load_state_dict(saved.state_dict())
+    coder.load_whole(saved.state_dict())
     if not on_sphere(coder):
         return
     assert coder.W_dec is not None

@@ -47,7 +47,8 @@ class RowOptimizer(Optimizer):
             groups.append({"params": [coder.W_dec], "lr": lr, "sphere": sphere})
             if low_dtype is not None:
                 self.low |= {p: p.detach().to(low_dtype) for p in matrices if p is not None}
-        super().__init__(groups, {"sphere": False})
+        idle = {"params": [], "lr": 0.0, "sphere": False}  # of a rank without coders
+        super().__init__(groups or [idle], {"sphere": False})
         self._groups_of = {p: group for group in self.param_groups for p in group["params"]}
 
     @torch.no_grad()

@@ -110,7 +110,7 @@ def _say_what_is_trained(trainer: Trainer) -> None:
                 at.name, at.calls,
             )  # fmt: skip
     logger.info(
-        "training %d coders for %d steps: %s", len(trainer.coders), trainer.total_steps, ", ".join(trainer.coders)
+        "training %d coders for %d steps: %s", len(trainer.specs), trainer.total_steps, ", ".join(trainer.specs)
     )
 
 

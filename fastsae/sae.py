@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from . import checkpoint, loss, ops
 from .config import SaeConfig
 from .errors import CheckpointError, ConfigError
-from .ops import EncoderOutput
+from .ops import EncoderOutput, Peers
 
 
 class ForwardOutput(NamedTuple):
@@ -50,6 +50,8 @@ class FastSae(nn.Module):
 
     W_dec: nn.Parameter | None
     W_skip: nn.Parameter | None
+    peers: Peers | None = None
+    """The ranks that hold the other latents, where training has split them."""
 
     def __init__(
         self,
@@ -80,6 +82,19 @@ class FastSae(nn.Module):
                 self.set_decoder_norm_to_unit_norm()
         self.b_dec = nn.Parameter(weight.new_zeros(d_in))
         self.W_skip = nn.Parameter(weight.new_zeros(d_in, d_in)) if cfg.skip_connection else None
+
+    @property
+    def all_latents(self) -> int:
+        """L, of all ranks where latents are split over some."""
+        return self.num_latents if self.peers is None else self.peers.num_latents
+
+    def over_slices(self, part: Tensor) -> Tensor:
+        """The sum of a tensor over the ranks that hold this coder's latents; may overwrite ``part``."""
+        return part if self.peers is None else self.peers.sum(part)
+
+    def load_whole(self, tensors: dict[str, Tensor]) -> None:
+        """Take the weights of a whole coder."""
+        self.load_state_dict(tensors)
 
     @property
     def device(self) -> torch.device:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 
+from .checkpoint import copy_coder
 from .retention import keep_last, save_if_best, save_step
 from .sae import FastSae
 
@@ -14,17 +16,22 @@ def save_coders(run: Path, coders: dict[str, FastSae]) -> None:
         coder.save_to_disk(run / name)
 
 
-def keep_checkpoint(run: Path, coders: dict[str, FastSae], step: int, count: int) -> None:
-    """Write coders into ``run/steps/STEP`` too, where more than one (``count``) checkpoint is kept, and drop old ones.
+def keep_checkpoint(run: Path, names: Iterable[str], step: int, count: int) -> None:
+    """Copy saved coders into ``run/steps/STEP`` too, where more than one (``count``) checkpoint is kept; drop old ones.
 
     Doing it again for the same step, after a crash, changes nothing.
     """
+
+    def copy(folder: Path) -> None:
+        for name in names:
+            copy_coder(run / name, folder / name)
+
     if count > 1:
-        save_step(run, step, lambda folder: save_coders(folder, coders))
+        save_step(run, step, copy)
         keep_last(run, count)
 
 
-def keep_best(run: Path, coders: dict[str, FastSae], step: int, held_out: dict[str, dict[str, float]]) -> None:
-    """Write those coders into ``run/best/NAME`` whose held-out FVU is lower than ever before."""
-    for name, coder in coders.items():
-        save_if_best(run, name, held_out[name]["fvu"], step, coder.save_to_disk)
+def keep_best(run: Path, step: int, held_out: dict[str, dict[str, float]]) -> None:
+    """Copy those saved coders into ``run/best/NAME`` whose held-out FVU is lower than ever before."""
+    for name, measured in held_out.items():
+        save_if_best(run, name, measured["fvu"], step, lambda folder, name=name: copy_coder(run / name, folder))

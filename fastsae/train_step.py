@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from .activations import ModelPass
+from .activations import ModelPass, Use
 from .batches import prefetched
-from .coders import activation_size, find_hookpoints, init_biases, make_coders
+from .coders import activation_size, coder_specs, find_hookpoints, init_biases, make_coders
 from .config import TrainConfig
 from .distributed.strategies import make_strategy
 from .distributed.world import World, current
@@ -30,7 +30,7 @@ from .optim import active_latents, apply_gradients, learning_rates, make_optimiz
 from .pretrained import load_pretrained, warn_of_other_size
 from .row_optimizer import RowOptimizer
 from .rows import Batches, split_held_out
-from .trainer_state import load_into, state_of
+from .trainer_state import check_same_coders, load_into, state_of
 
 
 class StepTrainer:
@@ -42,7 +42,6 @@ class StepTrainer:
     ):  # fmt: skip
         self.cfg, self.model, self.origin = cfg, model, origin or {}
         self.world = current() if world is None else world
-        self._strategy = make_strategy(cfg, self.world)
         rows, self.held_out_rows = split_held_out(dataset, cfg.held_out)
         self._held_out_start = self.held_out_rows.state_dict()
         pin, together = model.device.type == "cuda", cfg.batch_size * self.world.size
@@ -57,7 +56,12 @@ class StepTrainer:
             model, self.hookpoints, transcode=cfg.sae.transcode, exclude_tokens=cfg.exclude_tokens,
             empty=self.world.size > 1,
         )  # fmt: skip
-        self.coders = make_coders(cfg, self.hookpoints, model)
+        self.specs = coder_specs(cfg, self.hookpoints)
+        self._strategy = make_strategy(cfg, self.world, self.specs, model.device)
+        own = {name: spec for name, spec in self.specs.items() if self._strategy.owns(name)}
+        self.coders = make_coders(
+            own, model.device, lambda width, sae: self._strategy.make(width, sae, cfg.implementation)
+        )
         self._finetuned = {} if cfg.finetune is None else load_pretrained(self.coders, cfg.finetune, self._model_name())
         self.metrics = {name: TrainingMetrics(name, coder) for name, coder in self.coders.items()}
         low_dtype = model.dtype if model.device.type == "cuda" and model.dtype != torch.float32 else None
@@ -81,13 +85,9 @@ class StepTrainer:
         def train(hookpoint: str, x: Tensor, y: Tensor) -> None:
             self._train_hookpoint(hookpoint, x, y, share)
 
-        def deliver(hookpoint: str, x: Tensor, y: Tensor) -> None:
-            self._strategy.deliver(hookpoint, x, y, train)
-
         for rows, count in zip(batches, counts, strict=True):
             if count:
-                self._pass.run(rows, deliver, at=f"step {self.step + 1}")
-                self._strategy.end_batch(train)
+                self._run(rows, train, at=f"step {self.step + 1}")
         self._strategy.reduce(self.coders, self.metrics)
         for metrics in self.metrics.values():
             metrics.watch(self.step + 1)
@@ -99,6 +99,15 @@ class StepTrainer:
             metrics.end_step(tokens, self.cfg.dead_feature_threshold if auxk else None)
         self.step += 1
         self.tokens += tokens
+
+    def _run(self, rows: dict[str, Tensor], use: Use, *, at: str) -> None:
+        """The model on this rank's part of a batch; ``use`` gets the activations where their coders are."""
+
+        def deliver(hookpoint: str, x: Tensor, y: Tensor) -> None:
+            self._strategy.deliver(hookpoint, x, y, use)
+
+        self._pass.run(rows, deliver, at=at)
+        self._strategy.end_batch(use)
 
     def count_tokens(self, batches: list[dict[str, Tensor]], signal: int = 0) -> tuple[list[int], int]:
         """(tokens of each batch over all ranks, the highest ``signal`` that any rank received)."""
@@ -133,9 +142,10 @@ class StepTrainer:
         """Means since the last reading; raises :class:`NonFiniteError` where training broke down."""
         values: dict[str, float] = {}
         threshold = self.cfg.dead_feature_threshold
-        per_coder = {name: metrics.read(threshold) for name, metrics in self.metrics.items()}
+        per_coder = self._strategy.gather({name: metrics.read(threshold) for name, metrics in self.metrics.items()})
+        rates = self._strategy.gather({str(self.world.rank): self._lr})
         values["fvu"] = sum(v["fvu"] for v in per_coder.values()) / len(per_coder)
-        values["lr"], values["tokens"] = self._lr, self.tokens
+        values["lr"], values["tokens"] = max(rates.values()), self.tokens
         for name, coder_values in per_coder.items():
             values.update({f"{key}/{name}": value for key, value in coder_values.items()})
         return values
@@ -151,7 +161,12 @@ class StepTrainer:
         self.held_out_rows.load_state_dict(self._held_out_start)
         with self.evaluation_weights():
             batches = Batches(self.held_out_rows, self._batches.batch_size, part=self.world.part)
-            return held_out_metrics(self.coders, self._pass, batches, self._strategy.all_sum)
+            own = held_out_metrics(self.coders, batches, self._measure, self._strategy.all_sum)
+        return self._strategy.gather(own)
+
+    def _measure(self, rows: dict[str, Tensor], use: Use) -> None:
+        if self.count_tokens([rows])[0][0]:
+            self._run(rows, use, at="held-out data")
 
     def state_dict(self) -> dict[str, Any]:
         """All that the next step depends on: plain values, and tensors."""
@@ -167,15 +182,21 @@ class StepTrainer:
             **state_of(self.coders, self.metrics, self.optimizer, self.schedule),
         }
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go where :meth:`state_dict` was taken; raises :class:`CheckpointError` where other coders or data were."""
+    def load_state_dict(self, state: dict[str, Any], *others: dict[str, Any]) -> None:
+        """Go where :meth:`state_dict` was taken; raises :class:`CheckpointError` where other coders or data were.
+
+        ``others``: what it gave on other ranks at the same time, where coders were spread over these.
+        """
+        parts = (state, *others)
+        check_same_coders(list(self.specs), parts)
         self._batches.rows.load_state_dict(state["data"])
         self._cursor = self._batches.rows.snapshot()
         threshold = self.cfg.dead_feature_threshold
-        load_into(self.coders, self.metrics, self.optimizer, self.schedule, state, threshold)
+        load_into(self.coders, self.metrics, self.optimizer, self.schedule, parts, threshold)
         self.step, self.tokens, self._seconds = state["step"], state["tokens"], state["seconds"]
-        self.micro_batches = MicroBatches(max(state["micro_batches"], self.cfg.micro_acc_steps))
-        self._initialised, self._activation_sizes = set(state["initialised"]), state["activation_sizes"]
+        self.micro_batches = MicroBatches(max(self.cfg.micro_acc_steps, *(part["micro_batches"] for part in parts)))
+        self._initialised = {name for part in parts for name in part["initialised"]}
+        self._activation_sizes = {name: size for part in parts for name, size in part["activation_sizes"].items()}
 
     def _steps(self) -> Iterator[tuple[list[dict[str, Tensor]], Callable[[], dict[str, Any]]]]:
         """Batches of each step, read ahead by a thread, with the cursor after exactly these."""

@@ -23,7 +23,7 @@ from .run_folder import create_run_folder
 from .saving import keep_best, keep_checkpoint, save_coders
 from .tracking import Silence, Tracker
 from .train_step import StepTrainer
-from .training_state import drop_states, read_newest_state, write_state
+from .training_state import begin_state, drop_states, end_state, read_newest_state, write_part
 from .version import __version__
 
 
@@ -117,18 +117,19 @@ class Trainer(StepTrainer):
         assert self.folder is not None
         held_out = self.held_out_metrics()
         window = min(self.cfg.dead_feature_threshold, self.tokens // 2)
-        rows = (
-            CoderSummary(
+        rows = {
+            name: CoderSummary(
                 name=name,
                 fvu=held_out[name]["fvu"],
                 l0=held_out[name]["l0"],
-                dead_pct=100 * metrics.dead(window).float().mean().item(),
+                dead_pct=metrics.dead_pct(window),
                 tokens=self.tokens,
                 seconds=metrics.stopwatch.read(),
             )
             for name, metrics in self.metrics.items()
-        )
-        return RunSummary(folder=self.folder, coders=tuple(rows), seconds=seconds, dead_window=window)
+        }
+        rows = tuple(self._strategy.gather(rows).values())
+        return RunSummary(folder=self.folder, coders=rows, seconds=seconds, dead_window=window)
 
     def save(self) -> None:
         """Write the training state and every coder into the run's folder, unless the training of any broke down."""
@@ -136,11 +137,21 @@ class Trainer(StepTrainer):
         for metrics in self.metrics.values():
             metrics.check()
             metrics.check_weights(self.step)
-        state = self.state_dict()
-        if self.world.first:
-            write_state(self.folder, self.step, state)
+        self._save_state()
         self._save_coders()
         self._saved = self.step
+
+    def _save_state(self) -> None:
+        assert self.folder is not None
+        number, parts = self._strategy.part
+        if self.world.first:
+            begin_state(self.folder, self.step)
+        self.world.wait()
+        if number < parts:
+            write_part(self.folder, self.step, self.state_dict(), number, parts)
+        self.world.wait()
+        if self.world.first:
+            end_state(self.folder, self.step)
 
     def _save_coders(self) -> None:
         assert self.folder is not None
@@ -148,14 +159,15 @@ class Trainer(StepTrainer):
             coder.notes = self._notes(name)
         checkpoint = self._save_is_due() or self._ended  # else a stop, which leaves no trace
         held_out = self.held_out_metrics() if self.cfg.save_best and checkpoint else None
-        if not self.world.first:
-            return
-        with self.evaluation_weights():
-            save_coders(self.folder, self.coders)
-            if checkpoint:
-                keep_checkpoint(self.folder, self.coders, self.step, self.cfg.keep_last)
-            if held_out is not None:
-                keep_best(self.folder, self.coders, self.step, held_out)
+        number, parts = self._strategy.part
+        if number < parts:
+            with self.evaluation_weights():
+                save_coders(self.folder, self.coders)
+        self.world.wait()
+        if self.world.first and checkpoint:
+            keep_checkpoint(self.folder, self.specs, self.step, self.cfg.keep_last)
+        if self.world.first and held_out is not None:
+            keep_best(self.folder, self.step, held_out)
 
     def _save_is_due(self) -> bool:
         return self.step % self.cfg.save_every == 0
@@ -175,9 +187,9 @@ class Trainer(StepTrainer):
         :class:`CheckpointError` where there is no whole training state, or it is another run's.
         """
         with self.world.one_first(of_machine=False):  # which may delete a damaged one
-            step, state = read_newest_state(Path(folder))
-        check_same_run(self.cfg, state)
-        self.load_state_dict(state)
+            step, parts = read_newest_state(Path(folder))
+        check_same_run(self.cfg, parts[0])
+        self.load_state_dict(*parts)
         if self.world.first:
             rewind_metrics(Path(folder), step)
         self.folder = Path(folder)

@@ -2,6 +2,7 @@
 
     RUN/state/step-N/state.json             numbers, texts, lists, dicts; and the hashes of all files' content
     RUN/state/step-N/tensors-0.safetensors  every tensor in it, byte for byte, in files of about 2 GB
+    RUN/state/step-N/part-R/...             the same of each process, where coders are spread over several
 
 A folder of that name is complete: it is filled beside, brought to the disk, and renamed. The last two are kept,
 so that there is one to go on from when the newest turns out damaged.
@@ -15,6 +16,7 @@ import logging
 import os
 import shutil
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +31,9 @@ logger = logging.getLogger("fastsae")
 
 STATE = "state"
 KEPT = 2
-FORMAT = 1
+FORMAT = 2
 STATE_FILE = "state.json"
+PART = "part-"
 SHARD_BYTES = 2 << 30  # held in memory beside the tensors' own while they are written
 _TENSOR = "__tensor__"
 
@@ -40,30 +43,61 @@ def write_state(run: Path, step: int, state: dict[str, Any]) -> None:
 
     Raises :class:`ArtifactError` where it cannot be written (a full disk); what was saved before is left alone.
     """
-    place = run / STATE / f"step-{step}"
-    beside = place.with_name(f"{place.name}.part")
-    try:
+    begin_state(run, step)
+    write_part(run, step, state)
+    end_state(run, step)
+
+
+def begin_state(run: Path, step: int) -> None:
+    """Make room for the parts of the state after ``step``, which one process or several write; by one of them."""
+    beside = _beside(run, step)
+    with _written(run, step):
         shutil.rmtree(beside, ignore_errors=True)
         beside.mkdir(parents=True)
-        _write_files(beside, state)
+
+
+def write_part(run: Path, step: int, state: dict[str, Any], number: int = 0, parts: int = 1) -> None:
+    """Write part ``number`` of ``parts``; the part that does not fit is deleted with all others."""
+    folder = _beside(run, step)
+    with _written(run, step):
+        if parts > 1:
+            folder = folder / f"{PART}{number}"
+            folder.mkdir()
+        _write_files(folder, state, parts)
+
+
+def end_state(run: Path, step: int) -> None:
+    """Make the parts count, all together; older states go. By one process, when all have written."""
+    place = run / STATE / f"step-{step}"
+    with _written(run, step):
         if place.exists():
             shutil.rmtree(place)
-        beside.rename(place)
+        _beside(run, step).rename(place)
         _to_disk(place.parent)
-    except (OSError, SafetensorError) as error:
-        shutil.rmtree(beside, ignore_errors=True)
-        raise ArtifactError(
-            f"output: could not write {place}: {str(error).strip().splitlines()[0]}; what was saved before is still "
-            f"there. Free some space, then: fastsae train --resume {run}"
-        ) from None
     kept = {folder for _, folder in _saved(run)[-KEPT:]} | {place}
     for folder in place.parent.iterdir():
         if folder not in kept:
             shutil.rmtree(folder)
 
 
-def read_newest_state(run: Path) -> tuple[int, dict[str, Any]]:
-    """(step, state) of the newest state that is whole; damaged ones are named in a warning, and deleted.
+def _beside(run: Path, step: int) -> Path:
+    return run / STATE / f"step-{step}.part"
+
+
+@contextmanager
+def _written(run: Path, step: int) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(_beside(run, step), ignore_errors=True)
+        raise ArtifactError(
+            f"output: could not write {run / STATE / f'step-{step}'}: {str(error).strip().splitlines()[0]}; what was "
+            f"saved before is still there. Free some space, then: fastsae train --resume {run}"
+        ) from None
+
+
+def read_newest_state(run: Path) -> tuple[int, list[dict[str, Any]]]:
+    """(step, its parts) of the newest state that is whole; damaged ones are named in a warning, and deleted.
 
     Raises :class:`CheckpointError` where there is none.
     """
@@ -71,7 +105,7 @@ def read_newest_state(run: Path) -> tuple[int, dict[str, Any]]:
     damaged = []
     for step, folder in reversed(_saved(run)):
         try:
-            state = _read_files(folder)
+            parts = _read_parts(folder)
         except CheckpointError as error:
             damaged.append(folder)
             logger.warning("not used: %s", error)
@@ -80,7 +114,7 @@ def read_newest_state(run: Path) -> tuple[int, dict[str, Any]]:
             logger.warning("going on from step %d, the newest that is whole", step)
         for other in damaged:
             shutil.rmtree(other)
-        return step, state
+        return step, parts
     raise CheckpointError(f"resume: expected a whole training state in {run / STATE}, got damaged ones only")
 
 
@@ -108,7 +142,7 @@ def _saved(run: Path) -> list[tuple[int, Path]]:
     return sorted((int(folder.name[5:]), folder) for folder in folders)
 
 
-def _write_files(folder: Path, state: dict[str, Any]) -> None:
+def _write_files(folder: Path, state: dict[str, Any], parts: int) -> None:
     tensors: dict[str, Tensor] = {}
     plain = _take_tensors(state, "", tensors)
     hashes = {}
@@ -117,7 +151,7 @@ def _write_files(folder: Path, state: dict[str, Any]) -> None:
         save_file({name: tensors[name].detach().cpu().contiguous() for name in shard}, path)
         _to_disk(path)
         hashes[path.name] = sha256(path)
-    record = {"format": FORMAT, "state_sha256": _hash(plain), "tensors_sha256": hashes}
+    record = {"format": FORMAT, "parts": parts, "state_sha256": _hash(plain), "tensors_sha256": hashes}
     (folder / STATE_FILE).write_text(json.dumps({**record, "state": plain}), encoding="utf-8")
     _to_disk(folder / STATE_FILE)
     _to_disk(folder)
@@ -136,7 +170,12 @@ def _shards(tensors: dict[str, Tensor]) -> Iterator[list[str]]:
     yield names
 
 
-def _read_files(folder: Path) -> dict[str, Any]:
+def _read_parts(folder: Path) -> list[dict[str, Any]]:
+    found = sorted(folder.glob(f"{PART}*"), key=lambda part: int(part.name.removeprefix(PART))) or [folder]
+    return [_read_files(part, len(found)) for part in found]
+
+
+def _read_files(folder: Path, parts: int) -> dict[str, Any]:
     try:
         record = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
         whole = _hash(record["state"]) == record["state_sha256"]
@@ -147,6 +186,8 @@ def _read_files(folder: Path) -> dict[str, Any]:
         raise CheckpointError(f"{folder}: expected the files that were saved, got others: their hashes differ")
     if record["format"] != FORMAT:
         raise CheckpointError(f"{folder}: expected a training state of format {FORMAT}, got {record['format']!r}")
+    if record["parts"] != parts:
+        raise CheckpointError(f"{folder}: expected {record['parts']} parts of a training state, got {parts}")
     tensors: dict[str, Tensor] = {}
     for name in record["tensors_sha256"]:
         tensors |= load_file(folder / name)

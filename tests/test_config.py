@@ -68,3 +68,17 @@ def test_the_token_is_not_in_what_is_stored_or_printed():
     run = RunConfig(hf_token="hf_secret")
     assert "hf_secret" not in repr(run)
     assert "hf_secret" not in str(run.to_dict())
+
+
+@pytest.mark.parametrize(
+    ("changes", "sae", "message"),
+    [
+        ({"distribute_modules": True}, {}, "got both"),
+        ({"optimizer": "bnb_adam8bit"}, {}, "use adam8bit"),
+        ({}, {"activation": "groupmax", "multi_topk": True}, "drop --multi-topk"),
+        ({"distribute_latents": 0}, {}, "at least 1"),
+    ],
+)
+def test_what_cannot_be_split_by_latent_is_refused(changes, sae, message):
+    with pytest.raises(ConfigError, match=message):
+        TrainConfig(SaeConfig(**sae), **{"distribute_latents": 2, **changes})

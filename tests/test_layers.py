@@ -61,7 +61,14 @@ FLOORS = {
         "run",
     ],
     "activation_cache": ["__init__ config index", "read write", "run"],
-    "distributed": ["__init__ world", "reduction", "strategy", "strategies"],
+    "distributed": [
+        "__init__ world balance",
+        "reduction exchange latent_peers",
+        "strategy row_file",
+        "modules latent_slice",
+        "latents",
+        "strategies",
+    ],
     "report": ["__init__ config codes curves lens", "latents page", "run"],
     "cli": ["app", "train look convert", "__init__"],
 }

@@ -249,3 +249,10 @@ def test_a_sparsify_command_line_trains(tmp_path, model_folder, capsys):
     assert list(saes) == ["h.0.mlp.act", "h.1.mlp.act", "h.2.mlp.act"]
     width = saes["h.0.mlp.act"].d_in
     assert saes["h.0.mlp.act"](inputs().repeat(1, 1, width // D)).sae_out.shape == (5, 7, width)
+
+
+def test_distribute_modules_is_sparsifys_flag_too():
+    from fastsae.compat.sparsify import SaeConfig, TrainConfig
+
+    assert TrainConfig(SaeConfig(), distribute_modules=True, log_to_wandb=False).to_fastsae().distribute_modules
+    assert not TrainConfig(SaeConfig(), log_to_wandb=False).to_fastsae().distribute_modules

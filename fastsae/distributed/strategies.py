@@ -2,16 +2,41 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Mapping
+
 import torch
 
+from ..coders import CoderSpec
 from ..config import TrainConfig
+from ..errors import ConfigError
+from .balance import describe, owners
+from .latents import Latents
+from .modules import Modules
 from .reduction import GradientReduction
 from .strategy import Replicas, Strategy
 from .world import World
 
+logger = logging.getLogger("fastsae")
 
-def make_strategy(cfg: TrainConfig, world: World) -> Strategy:
-    """One process: everything in it. Several: replicas that sum their gradients."""
+
+def make_strategy(cfg: TrainConfig, world: World, specs: Mapping[str, CoderSpec], device: torch.device) -> Strategy:
+    """One process: all in it. Several: replicas that sum their gradients, unless ``cfg`` asks for another way."""
+    dtype = getattr(torch, cfg.grad_reduce_dtype)
+    if cfg.distribute_latents > 1:
+        if world.size == 1:
+            raise ConfigError(
+                f"distribute_latents: expected {cfg.distribute_latents} processes or a multiple, got one; start with: "
+                f"torchrun --nproc-per-node {cfg.distribute_latents} -m fastsae train ..."
+            )
+        return Latents(world, cfg.distribute_latents, device, dtype)
     if world.size == 1:
         return Strategy(world)
-    return Replicas(world, GradientReduction(world, getattr(torch, cfg.grad_reduce_dtype)))
+    if cfg.distribute_modules:
+        costs = {name: 2 * spec.width * spec.num_latents for name, spec in specs.items()}
+        owner = owners(costs, world.size)
+        if world.first:
+            for line in describe(costs, owner, world.size):
+                logger.info("%s", line)
+        return Modules(world, owner)
+    return Replicas(world, GradientReduction(world, dtype))

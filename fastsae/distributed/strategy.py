@@ -10,16 +10,20 @@ optimizer. Every rank makes the same calls, also with nothing to train on.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from .. import loss
 from ..coders import batch_mean
+from ..config import SaeConfig
 from ..metrics import TrainingMetrics
 from ..sae import FastSae
 from .reduction import GradientReduction
 from .world import World
+
+Value = TypeVar("Value")
 
 Train = Callable[[str, Tensor, Tensor], None]
 """Called as ``train(hookpoint, x [N, D], y [N, E])``: the gradients, or the step, of the coders there."""
@@ -35,6 +39,14 @@ class Strategy:
         self.world = world
         self.all_sum: Callable[[Tensor], Tensor] | None = None
         """Sums a tensor over ranks that hold other batches of the held-out data, in place; None: there are none."""
+
+    def owns(self, coder: str) -> bool:
+        """Whether this rank has the coder of that name, or a part of it."""
+        return True
+
+    def make(self, width: int, cfg: SaeConfig, implementation: str) -> FastSae:
+        """A new coder, or this rank's part of it."""
+        return FastSae(width, cfg, dtype=torch.float32, implementation=implementation)
 
     def tokens(self, counts: list[int], signal: int) -> tuple[list[int], int]:
         """(tokens of each batch of a step over all ranks, the highest signal that any rank received)."""
@@ -58,6 +70,15 @@ class Strategy:
 
     def reduce(self, coders: dict[str, FastSae], metrics: dict[str, TrainingMetrics]) -> None:
         """Make gradients, fired latents and the step's sums those of all ranks, once per step."""
+
+    def gather(self, own: dict[str, Value]) -> dict[str, Value]:
+        """What each rank knows of its coders, of all of them, on every rank."""
+        return own
+
+    @property
+    def part(self) -> tuple[int, int]:
+        """(number of this rank among those that save, how many these are); a number beyond them saves nothing."""
+        return self.world.rank, 1
 
 
 class Replicas(Strategy):

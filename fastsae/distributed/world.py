@@ -40,6 +40,8 @@ class World:
     """A process group for tensors on the CPU; None in a world of one."""
     patient: Any = field(default=None, repr=False)
     """The same, waiting longer."""
+    group: Any = field(default=None, repr=False)
+    """The processes that :meth:`all_reduce` is over; None: all of the job."""
     sent: int = field(default=0, repr=False)
     """Bytes given to collectives by this rank, so far."""
 
@@ -64,7 +66,7 @@ class World:
         if self.size > 1:
             self.sent += tensor.nbytes
             with peers_needed(self):
-                dist.all_reduce(tensor, op)
+                dist.all_reduce(tensor, op, group=self.group)
         return tensor
 
     def all_gather_sizes(self, sizes: list[int]) -> list[list[int]]:
@@ -94,6 +96,15 @@ class World:
         with peers_needed(self):
             dist.broadcast_object_list(box, 0, group=self.patient)
         return box[0]
+
+    def every(self, value: Value) -> list[Value]:
+        """Every rank's ``value``, anything that pickles, by rank."""
+        if self.size == 1:
+            return [value]
+        values: list[Any] = [None] * self.size
+        with peers_needed(self):
+            dist.all_gather_object(values, value, group=self.host)
+        return values
 
     def wait(self) -> None:
         """Until every rank is here; patiently."""

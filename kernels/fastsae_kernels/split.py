@@ -77,6 +77,13 @@ def own_winners(
     return own_acts, own_indices, parts[0][0].shape[1] if first_k else 0
 
 
+def all_winners(acts: Tensor, indices: Tensor, k: int, peers: Peers) -> tuple[Tensor, Tensor]:
+    """From every rank's own winners those of all, [N, K] each: larger first; slots that stay empty are 0."""
+    empty = k - acts.shape[1]
+    all_acts = _side_by_side(peers.gather(pad(acts, (0, empty))))
+    return best(all_acts, _side_by_side(peers.gather(pad(indices + peers.begin, (0, empty)))), k)
+
+
 def keep_largest(acts: Tensor, k: int, num_dead: int, peers: Peers) -> Tensor:  # [n, R] -> [n, R]
     """:func:`.auxk.keep_largest` over the dead latents of all ranks, ``num_dead`` of them, in the order of ranks."""
     if num_dead <= k:

@@ -158,10 +158,11 @@ def _own_selection(
     backend: ModuleType, x: Tensor, coder: Coder, k: int, first_k: int, activation: str, peers: Peers
 ) -> tuple[list[Block], int]:
     """This rank's part of the selection, and how many of its slots lie below ``first_k``."""
-    encoded = backend.encode(x, coder.used_weight, coder.bias, own_k(k, activation, peers), activation, None)
+    candidates = own_k(k, activation, peers)
+    acts, indices = backend.encode(x, coder.used_weight, coder.bias, candidates, activation, None)
     if activation == "topk":
-        *encoded, first_k = own_winners(*encoded, k, first_k, peers)
-    return [Block(None, *encoded)], first_k
+        acts, indices, first_k = own_winners(acts, indices, k, first_k, peers)
+    return [Block(None, acts, indices)], first_k
 
 
 def _check(loss: Loss, k: int, activation: str, num_latents: int, peers: Peers | None) -> None:
