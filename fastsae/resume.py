@@ -17,15 +17,27 @@ FREE = {
 }  # fmt: skip
 """Fields of :class:`TrainConfig` that may differ from the run's start: they change no number beyond rounding."""
 
-FREE_OPTIONS = (FREE - {"save_dir", "run_name", "finetune"}) | {"device", "hf_token", "data_preprocessing_num_proc"}
+FREE_OPTIONS = (FREE - {"save_dir", "run_name", "finetune"}) | {
+    "device", "hf_token", "data_preprocessing_num_proc", "batch_size",
+}  # fmt: skip
 """What may be given on the command line beside --resume."""
 
 
-def check_same_run(cfg: TrainConfig, state: dict[str, Any]) -> None:
-    """Raise :class:`ConfigError` where ``cfg`` is not what the run of this training state was told to do."""
+def check_same_run(cfg: TrainConfig, state: dict[str, Any], processes: int = 1) -> None:
+    """Raise :class:`ConfigError` where ``cfg`` is not what the run of this training state was told to do.
+
+    Another number of ``processes`` may go on with it, on batches of as many sequences in all.
+    """
     began = state["config"]
     now = json.loads(json.dumps(cfg.to_dict()))
-    for key in now.keys() - FREE:
+    before = state.get("processes", 1)
+    if (batch := began["batch_size"] * before) != cfg.batch_size * processes:
+        way_out = f"give --batch-size {batch // processes}" if batch % processes == 0 else "start a divisor of it"
+        raise ConfigError(
+            f"resume: expected batches of {batch} sequences over all processes, as the run had ({before} times "
+            f"{began['batch_size']}), got {processes} times {cfg.batch_size}; {way_out}"
+        )
+    for key in now.keys() - FREE - {"batch_size"}:
         for name, value, expected in _fields(key, now[key], began.get(key)):
             if value != expected:
                 raise ConfigError(f"resume: expected {name} = {expected!r}, as the run started with, got {value!r}")

@@ -172,6 +172,7 @@ class StepTrainer:
         """All that the next step depends on: plain values, and tensors."""
         return {
             "config": self.cfg.to_dict(),
+            "processes": self.world.size,
             "step": self.step,
             "tokens": self.tokens,
             "seconds": time.perf_counter() - self._start,

@@ -188,7 +188,7 @@ class Trainer(StepTrainer):
         """
         with self.world.one_first(of_machine=False):  # which may delete a damaged one
             step, parts = read_newest_state(Path(folder))
-        check_same_run(self.cfg, parts[0])
+        check_same_run(self.cfg, parts[0], self.world.size)
         self.load_state_dict(*parts)
         if self.world.first:
             rewind_metrics(Path(folder), step)

@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from spread_worker import LATENTS, MODULES, TRANSCODER, first_gradients, make_trainer
+from torch.optim.lr_scheduler import LambdaLR
 
-from fastsae import FastSae
+from fastsae import FastSae, SaeConfig, TrainConfig
 from fastsae.checkpoint import ROWS
 from fastsae.distributed.balance import describe, owners
+from fastsae.distributed.latent_peers import latent_bounds
+from fastsae.distributed.latent_slice import LatentSlice
+from fastsae.errors import ConfigError
+from fastsae.metrics import TrainingMetrics
+from fastsae.optim import make_optimizer
+from fastsae.trainer_state import load_into, state_of
 
 RANKS = 4
 
@@ -115,6 +124,96 @@ def test_a_stopped_run_goes_on_to_the_same_bytes(folder, mode):
     for coder, tensors in want.items():
         assert all(tensor.equal(got[coder][key]) for key, tensor in tensors.items()), coder
     assert not (stopped / "state").exists()
+
+
+@pytest.mark.parametrize("mode", ["modules", "latents"])
+def test_one_process_goes_on_with_what_four_had_saved(folder, mode):
+    """Of the parts that four processes wrote, one makes whole coders, moments and counters."""
+    run = folder / f"copied-{mode}"
+    trainer = make_trainer(folder, f"copied-{mode}", optimizer="adam8bit")
+    with pytest.raises(ConfigError, match="batches of 12 sequences .*4 times 3.*got 1 times 6; give --batch-size 12"):
+        make_trainer(folder, f"copied-{mode}", batch=6, optimizer="adam8bit").resume(run)
+    trainer.resume(run)
+    assert trainer.step == 2
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    trainer.fit(progress=False)
+    torch.set_num_threads(threads)
+    for got, want in zip(records(run), records(folder / f"whole-{mode}"), strict=True):
+        assert got == (want if mode == "modules" else pytest.approx(want, rel=1e-3, abs=1e-5))
+    want, got = coders(folder / f"whole-{mode}"), coders(run)
+    for coder, tensors in want.items():
+        for key, tensor in tensors.items():
+            if mode == "modules":
+                assert tensor.equal(got[coder][key]), (coder, key)
+            else:
+                assert (got[coder][key] - tensor).abs().mean() < 1e-5, (coder, key)
+
+
+def make_slices(bounds: list[int], cfg: SaeConfig, seed: int = 0) -> list[LatentSlice]:
+    """A coder's slices, made without other processes."""
+    slices = []
+    for rank, (begin, end) in enumerate(itertools.pairwise(bounds)):
+        torch.manual_seed(seed)
+        peers = SimpleNamespace(
+            rank=rank, begin=begin, end=end, num_latents=bounds[-1], bounds=bounds, sum=lambda part: part
+        )
+        slices.append(LatentSlice(6, cfg, peers=peers))  # type: ignore[arg-type]
+    return slices
+
+
+def test_slices_start_as_the_rows_of_the_whole_coder(monkeypatch):
+    monkeypatch.setattr("fastsae.distributed.latent_slice.INIT_ROWS", 24)  # four rows at a time
+    cfg = SaeConfig(num_latents=23, k=3)
+    bounds = latent_bounds(cfg, 6, 3)
+    assert bounds == [0, 7, 15, 23]
+    torch.manual_seed(0)
+    whole = FastSae(6, cfg, dtype=torch.float32).state_dict()
+    parts = [part.state_dict() for part in make_slices(bounds, cfg)]
+    for name, tensor in whole.items():
+        got = torch.cat([part[name] for part in parts]) if name in ROWS else parts[0][name]
+        assert got.equal(tensor), name
+    assert latent_bounds(SaeConfig(num_latents=20, k=5, activation="groupmax"), 6, 3) == [0, 4, 12, 20]
+    with pytest.raises(ConfigError, match=r"latents for each of 24 ranks, got 23; lower --distribute-latents"):
+        latent_bounds(cfg, 6, 24)
+
+
+@pytest.mark.parametrize("name", ["adam", "adam8bit", "signum"])
+def test_a_state_is_sliced_anew_for_another_number_of_ranks(name):
+    """Weights, moments, counters: two slices' state into three, and those into one whole coder."""
+    cfg = SaeConfig(num_latents=23, k=3)
+
+    def trained(slices: list, filled: bool) -> list:
+        made = []
+        for coder in slices:
+            optimizer = make_optimizer(TrainConfig(cfg, optimizer=name, lr=0.01), [coder])
+            for parameter in coder.parameters() if filled else ():
+                parameter.grad = torch.randn_like(parameter)
+            optimizer.step()
+            schedule = LambdaLR(optimizer, lambda step: 1 / (1 + step))
+            metrics = TrainingMetrics("h", coder)
+            metrics.tokens_since_fired.random_(100)
+            made.append(({"h": coder}, {"h": metrics}, optimizer, schedule))
+        return made
+
+    saved = [state_of(*one) for one in trained(make_slices([0, 9, 23], cfg), filled=True)]
+    three = trained(make_slices([0, 7, 15, 23], cfg, seed=1), filled=False)
+    for one in three:
+        load_into(*one, saved, 10)
+    whole = trained([FastSae(6, cfg, dtype=torch.float32)], filled=False)
+    load_into(*whole[0], [state_of(*one) for one in three], 10)
+    got = state_of(*whole[0])["coders"]["h"]
+    parts = [state["coders"]["h"] for state in saved]
+
+    def same(got, parts, row: bool):
+        assert got.equal(torch.cat(parts) if row else parts[0])
+
+    for key, tensor in got["weights"].items():
+        same(tensor, [part["weights"][key] for part in parts], key in ROWS)
+        for moment, values in got["optimizer"][key].items():
+            row = key in ROWS and moment != "step"
+            same(values, [part["optimizer"][key][moment] for part in parts], row)
+    same(got["metrics"]["tokens_since_fired"], [part["metrics"]["tokens_since_fired"] for part in parts], True)
 
 
 def test_the_plan_gives_the_heaviest_first_to_who_has_least():
