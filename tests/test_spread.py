@@ -30,7 +30,11 @@ RANKS = 4
 
 
 def launch(ranks: int, *arguments: str) -> None:
-    worker = Path(__file__).with_name("spread_worker.py")
+    launch_worker("spread_worker.py", ranks, *arguments)
+
+
+def launch_worker(name: str, ranks: int, *arguments: str) -> None:
+    worker = Path(__file__).with_name(name)
     done = subprocess.run(
         [
             sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), str(worker),
