@@ -14,6 +14,7 @@ from .version import __version__
 
 if TYPE_CHECKING:
     from .activation_cache.read import CachedActivations
+    from .activation_cache.training import training_data
     from .config import SaeConfig, TrainConfig, TranscoderConfig
     from .data import load_tokens
     from .encode import strongest_latents
@@ -50,6 +51,7 @@ _HOME = {
     "resolve_hookpoints": "hooks",
     "strongest_latents": "encode",
     "tokenize": "tokens",
+    "training_data": "activation_cache.training",
 }
 
 __all__ = [
@@ -74,6 +76,7 @@ __all__ = [
     "resolve_hookpoints",
     "strongest_latents",
     "tokenize",
+    "training_data",
 ]
 
 

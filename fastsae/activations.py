@@ -1,10 +1,11 @@
-"""One pass of the model over a batch: every hookpoint's activations as rows of tokens that count.
+"""Where activations come from: one pass of the model over a batch, as rows of tokens that count.
 
 Shapes: B sequences, S tokens each, N tokens that count, D width in, E width out.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import cast
 
@@ -20,11 +21,30 @@ Use = Callable[[str, Tensor, Tensor], None]
 """Called as ``use(hookpoint, x [N, D], y [N, E])``, once per module call; for an autoencoder both are y."""
 
 
-class ModelPass:
-    """Runs ``model`` and hands over what is at its ``hookpoints``; ``transcode``: also what comes into them.
+class ActivationSource(ABC):
+    """Gives the activations of batches at ``hookpoints``: of a model that runs (:class:`ModelPass`), or from a disk."""
 
-    ``empty``: also where no token counts, for ranks that must take the same steps.
-    """
+    name: str
+    """Hub id or folder of the model."""
+    device: torch.device
+    dtype: torch.dtype
+    hookpoints: dict[str, Hookpoint]
+
+    @abstractmethod
+    def count(self, rows: dict[str, Tensor]) -> int:
+        """N, before any work is done."""
+
+    @abstractmethod
+    def run(self, rows: dict[str, Tensor], use: Use, *, at: str, empty: bool = False) -> int:
+        """Hand a batch's activations to ``use``, hookpoint by hookpoint, without gradients; returns N.
+
+        ``empty``: also where no token counts, for ranks that must take the same steps. What goes wrong names the
+        hookpoint, and where in the run: ``at`` is such as ``step 7``.
+        """
+
+
+class ModelPass(ActivationSource):
+    """Runs ``model`` and hands over what is at its ``hookpoints``; ``transcode``: also what comes into them."""
 
     def __init__(
         self,
@@ -33,22 +53,19 @@ class ModelPass:
         *,
         transcode: bool = False,
         exclude_tokens: Sequence[int] = (),
-        empty: bool = False,
     ):
-        self.model, self.hookpoints, self._transcode, self._empty = model, hookpoints, transcode, empty
+        self.model, self.hookpoints, self._transcode = model, hookpoints, transcode
+        self.name = str(model.name_or_path or type(model).__name__)
+        self.device, self.dtype = model.device, model.dtype
         self._excluded = torch.tensor(exclude_tokens)
         self._vocabulary = cast(nn.Embedding, model.get_input_embeddings()).num_embeddings
 
     def count(self, rows: dict[str, Tensor]) -> int:
-        """N, before anything has run."""
         counts = counted(rows, self._excluded)
         return rows["input_ids"].numel() if counts is None else int(counts.sum())
 
-    def run(self, rows: dict[str, Tensor], use: Use, *, at: str) -> int:
-        """Run on ``rows`` (``input_ids [B, S]``, on the CPU); returns N.
-
-        What goes wrong names the hookpoint, and where in the run: ``at`` is such as ``step 7``.
-        """
+    def run(self, rows: dict[str, Tensor], use: Use, *, at: str, empty: bool = False) -> int:
+        """``rows`` are ``input_ids [B, S]``, on the CPU."""
         batch = prepare(rows, self._excluded, self._vocabulary, self.model.device)
         calls = {name: hookpoint.calls for name, hookpoint in self.hookpoints.items()}
         silent = set(calls)
@@ -58,7 +75,7 @@ class ModelPass:
             using.append(name)
             silent.discard(name)
             x, y = self._tokens(name, batch, inputs, output, at)
-            if len(y) or self._empty:
+            if len(y) or empty:
                 use(name, x, y)
             using.pop()
 

@@ -40,11 +40,12 @@ def find_hookpoints(model: PreTrainedModel, cfg: TrainConfig) -> dict[str, Hookp
         logger.info("left out %d modules that the model's forward gives no activations of: %s", len(silent), silent[0])
     if cfg.sae.transcode:
         for at in found.values():
-            _check_transcoder(at)
+            check_transcoder(at)
     return found
 
 
-def _check_transcoder(at: Hookpoint) -> None:
+def check_transcoder(at: Hookpoint) -> None:
+    """Raise :class:`HookpointError` where a transcoder cannot sit."""
     if at.d_in != at.d_out:
         came = "no float tensor" if at.d_in is None else f"width {at.d_in}"
         raise HookpointError(

@@ -142,6 +142,12 @@ class TrainConfig:
     set: tuple[str, ...] = ()
     """Other coders where a wildcard matches: "PATTERN:k=64,expansion_factor=16"; k=32|64 trains one of each."""
 
+    activations: str | None = None
+    """Folder that fastsae cache wrote, to train on instead of running the model."""
+
+    shuffle_tokens: int | None = None
+    """Seed of a random order of the tokens of --activations; by default they come as the model would give them."""
+
     finetune: str | None = None
     """Saved coders to go on training from: a folder or a hub id."""
 
@@ -202,6 +208,11 @@ class TrainConfig:
         require(len(set(self.init_seeds)) == len(self.init_seeds) > 0, "init_seeds", "distinct seeds", self.init_seeds)
         if self.distribute_latents > 1:
             self._check_latent_slices()
+        if self.shuffle_tokens is not None and self.activations is None:
+            raise ConfigError(
+                "shuffle_tokens: expected --activations FOLDER with it, got none: single tokens can be shuffled in a "
+                "cache only (fastsae cache writes one); --shuffle-seed is the order of whole sequences"
+            )
         if self.layers and self.hookpoints:
             raise ConfigError("expected layers or hookpoints, got both; drop one of them")
         if self.layers and self.layer_stride != 1:

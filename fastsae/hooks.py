@@ -50,16 +50,19 @@ class _Stop(Exception):
 def resolve_hookpoints(model: PreTrainedModel, patterns: Sequence[str]) -> list[str]:
     """Module names that match the wildcards, in natural order; every pattern must match something."""
     names = [name for name, _ in model.base_model.named_modules() if name]
+    way_out = f"List all with: fastsae hookpoints {model.name_or_path or 'MODEL'}"
+    return match_names(patterns, names, f"module of {type(model).__name__}", way_out)
+
+
+def match_names(patterns: Sequence[str], names: Sequence[str], what: str, way_out: str) -> list[str]:
+    """Those of ``names`` that match the wildcards, in natural order; every pattern must match something."""
     found: set[str] = set()
     for pattern in patterns:
         matches = [name for name in names if fnmatchcase(name, pattern)]
         if not matches:
             close = difflib.get_close_matches(pattern, names, n=4, cutoff=0.4)
             hint = f"close matches: {', '.join(close)}" if close else f"names look like {', '.join(names[:4])}"
-            raise HookpointError(
-                f"no module of {type(model).__name__} matches hookpoint {pattern!r}; {hint}. "
-                f"List all with: fastsae hookpoints {model.name_or_path or 'MODEL'}"
-            )
+            raise HookpointError(f"no {what} matches hookpoint {pattern!r}; {hint}. {way_out}")
         found.update(matches)
     return natsorted(found)
 

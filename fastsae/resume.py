@@ -13,7 +13,7 @@ from .errors import ArtifactError, ConfigError
 
 FREE = {
     "save_every", "keep_last", "save_best", "log_every", "log_to", "micro_acc_steps", "implementation", "save_dir",
-    "run_name", "finetune", "distribute_modules", "distribute_latents",
+    "run_name", "finetune", "distribute_modules", "distribute_latents", "activations",
 }  # fmt: skip
 """Fields of :class:`TrainConfig` that may differ from the run's start: they change no number beyond rounding."""
 

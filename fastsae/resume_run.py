@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 from typing import Any
 
+from .activation_cache.options import options_of_cache
+from .activation_cache.read import CachedActivations
 from .config import SaeConfig, TrainConfig
-from .data import load_tokens
 from .distributed.world import joined, local_device
 from .errors import ArtifactError
 from .options import build
 from .resume import check_resume_options, run_config_file
-from .run import fit, load_here, print_result
+from .run import fit, make_trainer, print_result
 from .run_config import RunConfig
 from .run_file import read_run_file
-from .trainer import Trainer
 from .training_state import check_has_state
 
 logger = logging.getLogger("fastsae")
@@ -32,19 +33,20 @@ def resume_run(folder: str, given: dict[str, Any]) -> None:
             f"resume: expected model and dataset in {file}, got a run of a Trainer without origin; "
             "make the Trainer again and call its resume"
         )
-    names: dict[str, str] = {"model": record["model"], "dataset": record["dataset"]}
+    names: tuple[str, str] = (record["model"], record["dataset"])
     options = {**record, **given, "save_dir": str(run_folder.parent), "run_name": run_folder.resolve().name}
     options.pop("finetune", None)  # its weights are older than the state's
+    cache = None
+    if options.get("activations"):
+        cache = CachedActivations(Path(options["activations"]).expanduser())
+        options = options_of_cache(cache.index, options)
     cfg: TrainConfig = build(TrainConfig, options, sae=build(SaeConfig, options))
     run: RunConfig = build(RunConfig, options)
     device = local_device(run.device)
     with joined(device) as world:
-        model, tokenizer = load_here(names["model"], run, device, world)
-        with world.one_first():
-            dataset = load_tokens(names["dataset"], run, tokenizer, model.config)
-        trainer = Trainer(cfg, dataset, model, origin={**names, **run.to_dict()}, world=world)
+        trainer = make_trainer(cfg, *names, run, device, world, cache)
         trainer.resume(run_folder)
         logger.info("going on after step %d of %d: %s", trainer.step, trainer.total_steps, ", ".join(trainer.coders))
         summary = fit(trainer)
     if world.first:
-        print_result(summary, names["model"], options)
+        print_result(summary, names[0], options)

@@ -28,6 +28,11 @@ class RowSource(ABC):
     def __len__(self) -> int:
         """Rows in all, from the first, wherever the cursor is; of a stream, the most it will give."""
 
+    @property
+    def sequences(self) -> int:
+        """Sequences that rows can be held out of; a row is one, unless a source says otherwise."""
+        return len(self)
+
     @abstractmethod
     def take(self, count: int) -> list[Row]:
         """The next ``count`` rows; fewer at the end, and none behind it."""
@@ -43,6 +48,10 @@ class RowSource(ABC):
     @abstractmethod
     def hold_out(self, count: int) -> RowSource:
         """Set ``count`` rows apart, before any is taken: the source returned gives them, this one no longer does."""
+
+    def collate(self, rows: list[Row]) -> dict[str, Tensor]:
+        """A batch of ``rows``; of none, one with nothing to train on, on which the model runs all the same."""
+        return collate(rows) if rows else _idle()
 
     def state_dict(self) -> dict[str, Any]:
         """Where the cursor is: plain numbers, texts, lists, dicts, and tensors."""
@@ -117,7 +126,7 @@ class Batches:
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
         while (taken := self.rows.take_part(self.batch_size, self._part))[1]:
-            batch = collate(taken[0]) if taken[0] else _idle()
+            batch = self.rows.collate(taken[0])
             yield {key: tensor.pin_memory() for key, tensor in batch.items()} if self._pin else batch
 
 
@@ -133,7 +142,7 @@ def split_held_out(dataset: Any, wanted: int) -> tuple[RowSource, RowSource]:
     ``dataset`` is a :class:`RowSource`, or anything with ``len`` and ``[i]``.
     """
     rows = dataset if isinstance(dataset, RowSource) else MapRows(dataset)
-    return rows, rows.hold_out(held_out_sequences(wanted, len(rows)))
+    return rows, rows.hold_out(held_out_sequences(wanted, rows.sequences))
 
 
 def held_out_sequences(wanted: int, rows: int) -> int:

@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from . import demo
+from .activation_cache.options import options_of_cache
+from .activation_cache.read import CachedActivations
+from .activation_cache.training import training_data
 from .config import SaeConfig, TrainConfig
 from .data import load_tokens
 from .distributed.world import World, joined, local_device
-from .model import load_model, load_tokenizer, resolve_device
+from .model import load_model, load_tokenizer, resolve_device, resolve_dtype
 from .ops import resolve
 from .options import build
 from .overrides import parse_override
@@ -26,7 +27,7 @@ from .report.run import report_run
 from .run_config import RunConfig
 from .run_folder import claimed_run_folder
 from .sources import DEFAULT_DATASET
-from .tokens import named_token_ids, split_token_names
+from .tokens import split_token_names, with_excluded_ids
 from .tracking import check_trackers
 from .trainer import Trainer
 from .training_state import has_state
@@ -36,15 +37,18 @@ logger = logging.getLogger("fastsae")
 
 def train_run(options: dict[str, Any]) -> None:
     """Train as ``options`` (by field name, and ``model`` and ``dataset``) ask; print table, folder and next command."""
+    cache = None
+    if options.get("activations"):
+        cache = CachedActivations(Path(options["activations"]).expanduser())
+        options = options_of_cache(cache.index, options)
     model_name, dataset_name = options.get("model") or demo.NAME, options.get("dataset")
     if model_name == demo.NAME:
         options = {**demo.TRAINING, **options}
         dataset_name = dataset_name or demo.DATASET
     dataset_name = dataset_name or DEFAULT_DATASET
-    excluded_ids, excluded_names = split_token_names(options.get("exclude_tokens", ()))
-    options = {**options, "exclude_tokens": excluded_ids}
-    cfg: TrainConfig = build(TrainConfig, options, sae=build(SaeConfig, options))
     run: RunConfig = build(RunConfig, options)
+    ids, _ = split_token_names(options.get("exclude_tokens", ()))  # names need a tokenizer: when all else is checked
+    cfg: TrainConfig = build(TrainConfig, {**options, "exclude_tokens": ids}, sae=build(SaeConfig, options))
 
     device = local_device(run.device)
     resolve(cfg.implementation, resolve_device(device))
@@ -53,27 +57,33 @@ def train_run(options: dict[str, Any]) -> None:
         parse_override(text)
     # a folder that cannot be written shows now, not after the work
     with joined(device) as world, _claimed(world, cfg, model_name) as folder:
-        cfg = dataclasses.replace(cfg, run_name=folder.name)
-        model, tokenizer = load_here(model_name, run, device, world)
-        if excluded_names:
-            cfg = _exclude(cfg, excluded_names, tokenizer())
-        with world.one_first():
-            dataset = load_tokens(dataset_name, run, tokenizer, model.config)
-        origin = {"model": model_name, "dataset": dataset_name, **run.to_dict()}
-        trainer = Trainer(cfg, dataset, model, origin=origin, world=world)
+        excluded = with_excluded_ids(options, lambda: load_tokenizer(model_name, run)).get("exclude_tokens", ())
+        cfg = dataclasses.replace(cfg, run_name=folder.name, exclude_tokens=excluded)
+        trainer = make_trainer(cfg, model_name, dataset_name, run, device, world, cache)
         _say_what_is_trained(trainer)
         summary = fit(trainer)
     if world.first:
         print_result(summary, model_name, options)
 
 
-def load_here(
-    name: str, run: RunConfig, device: str | None, world: World
-) -> tuple[PreTrainedModel, Callable[[], PreTrainedTokenizerBase]]:
-    """(the model on this process's device, a function that loads its tokenizer); downloads come once per machine."""
+def make_trainer(
+    cfg: TrainConfig, model_name: str, dataset_name: str, run: RunConfig, device: str | None, world: World,
+    cache: CachedActivations | None,
+) -> Trainer:  # fmt: skip
+    """The trainer on model and data of these names, loaded on ``device``, or on a ``cache`` of them.
+
+    Downloads come once per machine.
+    """
+    origin = {"model": model_name, "dataset": dataset_name, **run.to_dict()}
+    if cache is not None:
+        dtype = None if run.dtype == "auto" else resolve_dtype(run.dtype, resolve_device(device))
+        rows, source = training_data(cache, cfg, device=device, dtype=dtype)
+        return Trainer(cfg, rows, source, origin=origin, world=world)
     with world.one_first():
-        model = load_model(name, dataclasses.replace(run, device=device))
-    return model, cache(lambda: load_tokenizer(name, run))
+        model = load_model(model_name, dataclasses.replace(run, device=device))
+    with world.one_first():
+        dataset = load_tokens(dataset_name, run, lambda: load_tokenizer(model_name, run), model.config)
+    return Trainer(cfg, dataset, model, origin=origin, world=world)
 
 
 @contextmanager
@@ -94,12 +104,6 @@ def fit(trainer: Trainer) -> RunSummary:
         if trainer.folder is not None and has_state(trainer.folder) and "--resume" not in str(error):
             logger.info("go on from the last checkpoint with: fastsae train --resume %s", trainer.folder)
         raise
-
-
-def _exclude(cfg: TrainConfig, names: tuple[str, ...], tokenizer: PreTrainedTokenizerBase) -> TrainConfig:
-    ids = tuple(sorted({*cfg.exclude_tokens, *named_token_ids(names, tokenizer)}))
-    logger.info("not trained on: %s (ids %s)", ", ".join(names), ", ".join(map(str, ids)))
-    return dataclasses.replace(cfg, exclude_tokens=ids)
 
 
 def _say_what_is_trained(trainer: Trainer) -> None:

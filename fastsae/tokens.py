@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from itertools import chain
 from typing import Any
 
@@ -120,6 +120,17 @@ def split_token_names(values: Any) -> tuple[tuple[int, ...], tuple[str, ...]]:
                 "the ids of other tokens are the tokenizer's business"
             )
     return tuple(ids), tuple(names)
+
+
+def with_excluded_ids(options: dict[str, Any], tokenizer: Callable[[], PreTrainedTokenizerBase]) -> dict[str, Any]:
+    """``options`` with ``exclude_tokens`` as ids; ``tokenizer`` is called where some are given by name."""
+    if "exclude_tokens" not in options:
+        return options
+    ids, names = split_token_names(options["exclude_tokens"])
+    if names:
+        ids = tuple(sorted({*ids, *named_token_ids(names, tokenizer())}))
+        logger.info("left out: %s (ids %s)", ", ".join(names), ", ".join(map(str, ids)))
+    return {**options, "exclude_tokens": ids}
 
 
 def named_token_ids(names: Iterable[str], tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:

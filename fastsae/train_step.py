@@ -17,13 +17,13 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from .activations import ModelPass, Use
+from .activations import ActivationSource, ModelPass, Use
 from .batches import prefetched
 from .coders import activation_size, coder_specs, find_hookpoints, init_biases, make_coders
 from .config import TrainConfig
 from .distributed.strategies import make_strategy
 from .distributed.world import World, current
-from .errors import ArtifactError
+from .errors import ArtifactError, ConfigError
 from .metrics import TrainingMetrics, held_out_metrics
 from .micro_batches import MicroBatches
 from .optim import active_latents, apply_gradients, learning_rates, make_optimizer, make_schedule
@@ -37,34 +37,30 @@ class StepTrainer:
     """Takes optimizer steps, measures, and can be stored between any two of them; :class:`Trainer` makes runs of it."""
 
     def __init__(
-        self, cfg: TrainConfig, dataset: Any, model: PreTrainedModel, *, origin: dict[str, Any] | None = None,
-        world: World | None = None,
+        self, cfg: TrainConfig, dataset: Any, model: PreTrainedModel | ActivationSource, *,
+        origin: dict[str, Any] | None = None, world: World | None = None,
     ):  # fmt: skip
         self.cfg, self.model, self.origin = cfg, model, origin or {}
         self.world = current() if world is None else world
         rows, self.held_out_rows = split_held_out(dataset, cfg.held_out)
         self._held_out_start = self.held_out_rows.state_dict()
-        pin, together = model.device.type == "cuda", cfg.batch_size * self.world.size
+        self.source = model if isinstance(model, ActivationSource) else _model_pass(model, cfg)
+        device = self.source.device
+        pin, together = device.type == "cuda", cfg.batch_size * self.world.size
         self._batches = Batches(rows, together, pin=pin, part=self.world.part)
         self._cursor: Callable[[], dict[str, Any]] = rows.snapshot()  # after the batches trained on
         self.total_steps = -(-len(self._batches) // cfg.grad_acc_steps)
         if self.total_steps == 0:
             raise ArtifactError("dataset: expected at least one sequence to train on, got none")
 
-        self.hookpoints = find_hookpoints(model, cfg)
-        self._pass = ModelPass(
-            model, self.hookpoints, transcode=cfg.sae.transcode, exclude_tokens=cfg.exclude_tokens,
-            empty=self.world.size > 1,
-        )  # fmt: skip
+        self.hookpoints = self.source.hookpoints
         self.specs = coder_specs(cfg, self.hookpoints)
-        self._strategy = make_strategy(cfg, self.world, self.specs, model.device)
+        self._strategy = make_strategy(cfg, self.world, self.specs, device)
         own = {name: spec for name, spec in self.specs.items() if self._strategy.owns(name)}
-        self.coders = make_coders(
-            own, model.device, lambda width, sae: self._strategy.make(width, sae, cfg.implementation)
-        )
+        self.coders = make_coders(own, device, lambda width, sae: self._strategy.make(width, sae, cfg.implementation))
         self._finetuned = {} if cfg.finetune is None else load_pretrained(self.coders, cfg.finetune, self._model_name())
         self.metrics = {name: TrainingMetrics(name, coder) for name, coder in self.coders.items()}
-        low_dtype = model.dtype if model.device.type == "cuda" and model.dtype != torch.float32 else None
+        low_dtype = self.source.dtype if device.type == "cuda" and self.source.dtype != torch.float32 else None
         self.optimizer = make_optimizer(cfg, self.coders.values(), low_dtype)
         self.schedule = make_schedule(cfg, self.optimizer, self.total_steps)
         self.micro_batches = MicroBatches(cfg.micro_acc_steps)
@@ -106,12 +102,12 @@ class StepTrainer:
         def deliver(hookpoint: str, x: Tensor, y: Tensor) -> None:
             self._strategy.deliver(hookpoint, x, y, use)
 
-        self._pass.run(rows, deliver, at=at)
+        self.source.run(rows, deliver, at=at, empty=self.world.size > 1)
         self._strategy.end_batch(use)
 
     def count_tokens(self, batches: list[dict[str, Tensor]], signal: int = 0) -> tuple[list[int], int]:
         """(tokens of each batch over all ranks, the highest ``signal`` that any rank received)."""
-        return self._strategy.tokens([self._pass.count(rows) for rows in batches], signal)
+        return self._strategy.tokens([self.source.count(rows) for rows in batches], signal)
 
     def _train_hookpoint(self, hookpoint: str, x: Tensor, y: Tensor, share: float) -> None:
         if hookpoint not in self._activation_sizes:
@@ -210,4 +206,14 @@ class StepTrainer:
         return prefetched(read())
 
     def _model_name(self) -> str:
-        return str(self.origin.get("model") or self.model.name_or_path or type(self.model).__name__)
+        return str(self.origin.get("model") or self.source.name)
+
+
+def _model_pass(model: PreTrainedModel, cfg: TrainConfig) -> ModelPass:
+    if cfg.activations is not None:
+        raise ConfigError(
+            "activations: expected a Trainer of cached activations, got a model; make both of its arguments with: "
+            "rows, source = training_data(CachedActivations(cfg.activations), cfg)"
+        )
+    hookpoints = find_hookpoints(model, cfg)
+    return ModelPass(model, hookpoints, transcode=cfg.sae.transcode, exclude_tokens=cfg.exclude_tokens)

@@ -12,6 +12,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
+from .activations import ActivationSource
 from .checkpoint import write_json
 from .config import TrainConfig
 from .distributed.world import World
@@ -30,14 +31,15 @@ from .version import __version__
 class Trainer(StepTrainer):
     """Train coders on the activations of ``model`` over ``dataset`` (rows of ``input_ids``, equally long).
 
-    ``model`` is any Hugging Face model; it is left as it was found. ``dataset`` has ``len`` and ``[i]``, or is a
+    ``model`` is any Hugging Face model; it is left as it was found. (Or what stands in its place: see
+    :func:`fastsae.training_data`.) ``dataset`` has ``len`` and ``[i]``, or is a
     :class:`fastsae.rows.RowSource`. ``coders`` maps names (``h.0.mlp.act``, with several seeds
     ``h.0.mlp.act/seed1``) to :class:`FastSae`. ``origin`` is stored in the run's config.json.
     """
 
     def __init__(
-        self, cfg: TrainConfig, dataset: Any, model: PreTrainedModel, *, origin: dict[str, Any] | None = None,
-        world: World | None = None,
+        self, cfg: TrainConfig, dataset: Any, model: PreTrainedModel | ActivationSource, *,
+        origin: dict[str, Any] | None = None, world: World | None = None,
     ):  # fmt: skip
         super().__init__(cfg, dataset, model, origin=origin, world=world)
         self.folder: Path | None = None

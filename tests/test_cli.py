@@ -200,7 +200,7 @@ def test_tokens_are_excluded_by_name(tmp_path, capsys):
     assert code == 0, err
     (config,) = tmp_path.glob("*/config.json")
     assert json.loads(config.read_text())["exclude_tokens"] == [0, 9]
-    assert "not trained on: eos (ids 0, 9)" in one_line(err)
+    assert "left out: eos (ids 0, 9)" in one_line(err)
 
 
 def test_trackers_are_checked_before_any_work(tmp_path, monkeypatch, capsys):

@@ -60,7 +60,7 @@ FLOORS = {
         "evaluate tokens",
         "run",
     ],
-    "activation_cache": ["__init__ config index", "read write", "run"],
+    "activation_cache": ["__init__ config index order", "read write options", "training", "run"],
     "distributed": [
         "__init__ world balance",
         "reduction exchange latent_peers",

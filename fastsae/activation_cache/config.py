@@ -22,7 +22,7 @@ class CacheConfig:
     """Precision on disk; float32 trains exactly as on the fly does with a float32 model."""
 
     exclude_tokens: tuple[int, ...] = ()
-    """Token ids that are not stored."""
+    """Token ids that are not stored; on the command line also by name: bos, eos, pad, special."""
 
     batch_size: int = 8
     """Sequences per forward of the model."""

@@ -15,6 +15,7 @@ from torch import Tensor
 from ..errors import ArtifactError
 from ..integrity import sha256
 from .index import COUNTS, INPUT, OUTPUT, read_index
+from .order import BLOCK, POOL, TokenOrder
 
 Pairs = dict[str, tuple[Tensor, Tensor]]
 """By hookpoint: what a coder encodes and what it predicts, [N, D] each, as stored; for an autoencoder both are the
@@ -71,34 +72,21 @@ class CachedActivations:
         """
         stop = self.sequences if stop is None else stop
         for first in range(start, stop, sequences):
-            begin, end = self._token(first), self._token(min(first + sequences, stop))
-            yield self._pairs(torch.arange(begin, end), transcode, hookpoints)
+            tokens = torch.arange(*self.tokens_of(first, min(first + sequences, stop)))
+            yield self._pairs(tokens, transcode, hookpoints)
 
     def shuffled(
         self, tokens: int, *, seed: int, start: int = 0, stop: int | None = None, transcode: bool = False,
-        hookpoints: Sequence[str] | None = None, block: int = 64, pool: int = 4096,
+        hookpoints: Sequence[str] | None = None, block: int = BLOCK, pool: int = POOL,
     ) -> Iterator[Pairs]:  # fmt: skip
         """Batches of ``tokens`` tokens of the sequences ``start`` to ``stop``, every token once; the last is smaller.
 
-        Blocks of ``block`` neighbouring tokens are put in random order, and the tokens of each ``pool`` blocks are
-        shuffled among each other: near to a full shuffle, with reads that a disk can follow. ``block=1`` is a full
-        one. The order follows from ``seed``.
+        The order is :class:`.order.TokenOrder`'s: near to a full shuffle, with reads that a disk can follow.
         """
-        stop = self.sequences if stop is None else stop
-        begin, end = self._token(start), self._token(stop)
-        generator = torch.Generator().manual_seed(seed)
-        order = torch.randperm(-(-(end - begin) // block), generator=generator)
-        rest = order.new_zeros(0)
-        for blocks in order.split(pool):
-            rows = (begin + blocks[:, None] * block + torch.arange(block)).flatten()
-            rows = rows[rows < end]
-            rows = torch.cat([rest, rows[torch.randperm(len(rows), generator=generator)]])
-            whole = len(rows) // tokens * tokens
-            for batch in rows[:whole].split(tokens) if whole else ():
-                yield self._pairs(batch, transcode, hookpoints)
-            rest = rows[whole:]
-        if len(rest):
-            yield self._pairs(rest, transcode, hookpoints)
+        begin, end = self.tokens_of(start, self.sequences if stop is None else stop)
+        order = TokenOrder(begin, end, seed, block, pool)
+        for first in range(0, len(order), tokens):
+            yield self._pairs(order.part(first, first + tokens), transcode, hookpoints)
 
     def verify(self) -> Iterator[str]:
         """Read every file and compare its hash, yielding its name; raises :class:`ArtifactError` at a difference."""
@@ -113,20 +101,25 @@ class CachedActivations:
     def _pairs(
         self, rows: Tensor, transcode: bool, hookpoints: Sequence[str] | None
     ) -> Pairs:  # int64 [N], over the whole cache
-        shards = torch.searchsorted(self._shard_ends, rows, right=True)
-        pairs = {}
-        for name in self.index.hookpoints if hookpoints is None else hookpoints:
-            y = self._gather(f"{name}/{OUTPUT}", rows, shards)
-            if transcode and name not in self.index.inputs:
-                raise ArtifactError(
-                    f"activations: expected inputs of {name} for a transcoder; cache them with --inputs"
-                )
-            pairs[name] = (self._gather(f"{name}/{INPUT}", rows, shards) if transcode else y, y)
-        return pairs
+        names = self.index.hookpoints if hookpoints is None else hookpoints
+        return {name: self.read(name, rows, transcode=transcode) for name in names}
 
-    def _gather(self, name: str, rows: Tensor, shards: Tensor) -> Tensor:
-        width = self._tensors[0][name].shape[1]
-        out = torch.empty(len(rows), width, dtype=self.index.dtype)
+    def read(self, hookpoint: str, tokens: Tensor, *, transcode: bool = False) -> tuple[Tensor, Tensor]:
+        """What a coder at ``hookpoint`` encodes and predicts of ``tokens`` (int64 [N], in the whole cache)."""
+        y = self._gather(f"{hookpoint}/{OUTPUT}", tokens)
+        if transcode and hookpoint not in self.index.inputs:
+            raise ArtifactError(
+                f"activations: expected inputs of {hookpoint} for a transcoder; cache them with --inputs"
+            )
+        return (self._gather(f"{hookpoint}/{INPUT}", tokens) if transcode else y), y
+
+    def tokens_of(self, start: int, stop: int) -> tuple[int, int]:
+        """The tokens of the sequences ``start`` to ``stop``, from the first to one behind the last."""
+        return self._token(start), self._token(stop)
+
+    def _gather(self, name: str, rows: Tensor) -> Tensor:
+        shards = torch.searchsorted(self._shard_ends, rows, right=True)
+        out = torch.empty(len(rows), self._tensors[0][name].shape[1], dtype=self.index.dtype)
         for i in shards.unique().tolist():
             mine = shards == i
             first = int(self._shard_ends[i - 1]) if i else 0

@@ -26,14 +26,14 @@ from ..progress import console
 from ..rows import RowSource, split_held_out
 from ..run_config import RunConfig
 from ..sources import DEFAULT_DATASET
+from ..tokens import with_excluded_ids
 from .config import CacheConfig
 from .index import Index
+from .options import data_record
 from .read import CachedActivations
 from .write import open_folder, write_cache
 
 logger = logging.getLogger("fastsae")
-
-_DATA = ("split", "text_column", "ctx_len", "max_examples", "max_tokens", "shuffle_seed", "streaming", "shuffle_buffer")
 
 
 def cache_run(model_name: str, dataset: str | None, options: dict[str, Any]) -> Path:
@@ -42,8 +42,9 @@ def cache_run(model_name: str, dataset: str | None, options: dict[str, Any]) -> 
         options = {"ctx_len": demo.TRAINING["ctx_len"], "max_tokens": demo.TRAINING["max_tokens"], **options}
         dataset = dataset or demo.DATASET
     dataset = dataset or DEFAULT_DATASET
-    cfg: CacheConfig = build(CacheConfig, options)
     run: RunConfig = build(RunConfig, options)
+    options = with_excluded_ids(options, lambda: load_tokenizer(model_name, run))
+    cfg: CacheConfig = build(CacheConfig, options)
     folder = Path(cfg.output).expanduser()
     model = load_model(model_name, run)
     rows, _ = split_held_out(load_tokens(dataset, run, lambda: load_tokenizer(model_name, run), model.config), 0)
@@ -76,11 +77,12 @@ def _plan(cfg: CacheConfig, run: RunConfig, model: Any, model_name: str, dataset
     index = Index(
         model=model_name, dataset=dataset, hookpoints=outputs, inputs=inputs, storage=cfg.storage, sequences=len(rows),
         ctx_len=ctx_len, shard_sequences=1,
-        data={**{key: getattr(run, key) for key in _DATA}, "exclude_tokens": list(cfg.exclude_tokens),
+        data={**data_record(run), "exclude_tokens": list(cfg.exclude_tokens),
               "dtype": str(model.dtype).removeprefix("torch.")},
     )  # fmt: skip
     per_sequence = index.total_bytes // max(1, index.sequences)
-    return dataclasses.replace(index, shard_sequences=max(1, cfg.shard_mib * 2**20 // per_sequence))
+    batches = max(1, cfg.shard_mib * 2**20 // per_sequence // cfg.batch_size)  # the model's, whole ones
+    return dataclasses.replace(index, shard_sequences=batches * cfg.batch_size)
 
 
 def _row_length(rows: RowSource) -> int:

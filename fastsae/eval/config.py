@@ -28,7 +28,7 @@ class EvalConfig:
     """Sequences per forward of the model."""
 
     exclude_tokens: tuple[int, ...] = ()
-    """Token ids that are left as they are and not measured; by default those that training left out."""
+    """Token ids, or names as for train, that are left as they are, unmeasured; by default those training left out."""
 
     dense_above: float = 0.1
     """Share of tokens that a latent must fire on to count as dense."""

@@ -14,6 +14,7 @@ from ..model import is_causal, load_config, load_language_model, load_model, loa
 from ..options import build
 from ..run_config import RunConfig
 from ..saved import check_origin, default_model, load_coders, run_record
+from ..tokens import with_excluded_ids
 from .config import EvalConfig
 from .evaluate import evaluate
 from .result import Evaluation
@@ -26,10 +27,11 @@ logger = logging.getLogger("fastsae")
 def eval_run(source: str, model_name: str | None, dataset: str | None, options: dict[str, Any]) -> Evaluation:
     """Evaluate as the command line asks, print the tables, write eval.json and say where."""
     record = run_record(source)
+    model_name = model_name or default_model(record)
+    run: RunConfig = build(RunConfig, options)
+    options = with_excluded_ids(options, lambda: load_tokenizer(model_name, run))
     defaults = {"exclude_tokens": tuple(record.get("exclude_tokens", ()))} if "exclude_tokens" not in options else {}
     cfg: EvalConfig = dataclasses.replace(build(EvalConfig, options), **defaults)
-    run: RunConfig = build(RunConfig, options)
-    model_name = model_name or default_model(record)
     device = resolve_device(run.device)
     coders = _coders(source, cfg, device)
     config = load_config(model_name, run)
