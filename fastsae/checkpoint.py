@@ -203,6 +203,8 @@ def _check_shapes(folder: Path, tensors: dict[str, Tensor], cfg: SaeConfig, d_in
     }  # fmt: skip
     if cfg.skip_connection:
         expected["W_skip"] = (d_in, d_in)
+    if cfg.activation == "batchtopk":
+        expected["threshold"] = ()
     for name, shape in expected.items():
         got = tuple(tensors[name].shape) if name in tensors else None
         if got != shape and not (name == "W_dec" and got is None):  # a file may leave the decoder out

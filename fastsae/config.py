@@ -19,8 +19,8 @@ from .fields import check_types, require
 class SaeConfig:
     """Configuration of one sparse coder; the names are sparsify's."""
 
-    activation: Literal["topk", "groupmax"] = "topk"
-    """How latents are selected: the k largest, or the largest of each of k groups."""
+    activation: Literal["topk", "groupmax", "batchtopk"] = "topk"
+    """How latents are selected: the k largest, the largest of each of k groups, or k per token on a batch's average."""
 
     expansion_factor: int = 32
     """Number of latents as a multiple of the input width."""
@@ -37,6 +37,9 @@ class SaeConfig:
     multi_topk: bool = False
     """Add the Multi-TopK loss: 1/8 of the FVU reached with 4k latents."""
 
+    matryoshka_widths: tuple[int, ...] = ()
+    """Numbers of first latents that each reconstruct by themselves, beside all (Matryoshka); the loss is the mean."""
+
     skip_connection: bool = False
     """Add a linear map from the input to the output."""
 
@@ -44,12 +47,25 @@ class SaeConfig:
     """Predict a module's output from its input, instead of reconstructing its output."""
 
     def __post_init__(self) -> None:
+        if isinstance(self.matryoshka_widths, list):
+            object.__setattr__(self, "matryoshka_widths", tuple(self.matryoshka_widths))
         check_types(self)
+        widths = self.matryoshka_widths
+        ascending = list(widths) == sorted({0, *widths})[1:]
+        require(ascending, "matryoshka_widths", "ascending numbers of latents above 0", widths)
         require(self.k >= 1, "k", "at least 1", self.k)
         require(self.expansion_factor >= 1, "expansion_factor", "at least 1", self.expansion_factor)
         require(self.num_latents >= 0, "num_latents", "0 (derived) or more", self.num_latents)
+        if self.multi_topk and (self.activation == "batchtopk" or widths):
+            other = "batchtopk, whose k is a mean" if self.activation == "batchtopk" else "Matryoshka widths"
+            raise ConfigError(f"multi_topk: expected topk or groupmax of one width with it, got {other}; drop one")
         if self.num_latents:
             self.check_latents(self.num_latents)
+
+    def prefixes_for(self, num_latents: int) -> tuple[int, ...]:
+        """Matryoshka's prefixes, the last of them all ``num_latents``; () without any."""
+        widths = self.matryoshka_widths
+        return widths if not widths or widths[-1] == num_latents else (*widths, num_latents)
 
     def latents_for(self, d_in: int) -> int:
         """Number of latents on a width of ``d_in``; raises :class:`ConfigError` where k does not fit."""
@@ -64,6 +80,11 @@ class SaeConfig:
             raise ConfigError(
                 f"expected {what} <= number of latents, got {what} = {needed} and {num_latents} latents; "
                 "lower --k or raise --expansion-factor or --num-latents"
+            )
+        if self.matryoshka_widths and self.matryoshka_widths[-1] > num_latents:
+            raise ConfigError(
+                f"matryoshka_widths: expected at most the {num_latents} latents there are, got "
+                f"{self.matryoshka_widths[-1]}; lower it or raise --expansion-factor or --num-latents"
             )
         if self.activation == "groupmax" and num_latents % self.k:
             raise ConfigError(
@@ -203,7 +224,7 @@ class TrainConfig:
         )  # fmt: skip
         if self.max_grad_norm is not None and self.optimizer == "signum":
             raise ConfigError("max_grad_norm: expected another optimizer with it, got signum, which takes signs only")
-        if self.k_decay_steps and self.sae.activation != "topk":
+        if self.k_decay_steps and self.sae.activation == "groupmax":
             raise ConfigError("k_decay_steps: expected topk, got groupmax, whose k is its number of groups")
         require(len(set(self.init_seeds)) == len(self.init_seeds) > 0, "init_seeds", "distinct seeds", self.init_seeds)
         if self.distribute_latents > 1:

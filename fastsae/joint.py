@@ -16,7 +16,7 @@ from torch import Tensor
 from . import ops
 from .config import TrainConfig
 from .errors import OutOfMemoryError, is_out_of_memory
-from .ops import Coder, GradSink, Loss
+from .ops import Block, Coder, GradSink, Loss
 from .row_optimizer import RowOptimizer
 from .sae import FastSae
 
@@ -28,6 +28,8 @@ class StepLosses(NamedTuple):
     auxk: Tensor  # []
     multi_topk_fvu: Tensor  # []
     fired: Tensor  # bool [L]
+    prefix_fvus: Tensor | None = None  # [P]: of Matryoshka's prefixes, the last is fvu
+    least: Tensor | None = None  # []: BatchTopK's smallest selected activation, inf where there is none
 
 
 def joint_step(
@@ -43,26 +45,24 @@ def joint_step(
     optimizer: RowOptimizer | None,
     inside: bool = True,
     k: int | None = None,
+    selected: list[Block] | None = None,
 ) -> StepLosses:
     """Losses of a batch, or of a chunk of it, and their gradients times ``share`` added to the coder's.
 
     With an ``optimizer`` its narrow copies of the matrices are computed with, where it keeps them; ``inside``, the
     matrices take their step at once, and only the small tensors get gradients.
-    ``k``: active latents in this step, by default the coder's. Where memory runs out, torch's error comes through
+    ``k``: active latents in this step, by default the coder's. ``selected``: what :func:`select` selected for these
+    tokens. Where memory runs out, torch's error comes through
     as long as nothing was changed; :class:`OutOfMemoryError` says that the step was half done.
     """
     k = k or coder.cfg.k
     if coder.cfg.multi_topk and coder.cfg.activation != "topk":
         return _autograd_step(coder, x, y, variance, cfg, dead, share)
     assert coder.W_dec is not None
-    low = {} if optimizer is None else optimizer.low
-    tensors = Coder(
-        coder.encoder.weight, coder.encoder.bias, coder.W_dec, coder.b_dec, coder.W_skip, not coder.cfg.transcode,
-        low.get(coder.encoder.weight), low.get(coder.W_dec),
-    )  # fmt: skip
     k_aux = max(1, coder.d_in // 2)
     multi_k = min(4 * k, coder.all_latents) if coder.cfg.multi_topk else 0
-    loss = Loss(variance, multi_k if multi_k > k else 0, dead, k_aux, cfg.auxk_alpha, share, num_dead)
+    prefixes = coder.cfg.prefixes_for(coder.num_latents)
+    loss = Loss(variance, multi_k if multi_k > k else 0, dead, k_aux, cfg.auxk_alpha, share, num_dead, prefixes)
     small = [_grad(p) for p in (coder.encoder.bias, coder.b_dec, coder.W_skip) if p is not None]  # memory first
     if optimizer is not None and inside:
         sink = optimizer.row_step(coder)
@@ -70,8 +70,9 @@ def joint_step(
         sink = GradSink(_grad(coder.encoder.weight), _grad(coder.W_dec))
     try:
         out = ops.coder_step(
-            x, y, tensors, loss, sink,
+            x, y, _tensors(coder, optimizer), loss, sink,
             k=k, activation=coder.cfg.activation, implementation=coder.implementation, peers=coder.peers,
+            selected=selected,
         )  # fmt: skip
     except RuntimeError as error:
         if sink.begun and is_out_of_memory(error):
@@ -85,7 +86,27 @@ def joint_step(
     for total, grad in zip(small, (out.d_bias, out.d_b_dec, out.d_skip), strict=False):
         assert grad is not None
         total.add_(grad)
-    return StepLosses(out.fvu, out.auxk, out.multi_fvu, out.fired)
+    least = None
+    if coder.cfg.activation == "batchtopk":
+        least = torch.where(out.top_acts > 0, out.top_acts, torch.inf).min()
+    return StepLosses(out.fvu, out.auxk, out.multi_fvu, out.fired, out.prefix_fvus, least)
+
+
+def select(
+    coder: FastSae, x: Tensor, optimizer: RowOptimizer | None, k: int, parts: int  # [N, D]
+) -> list[Block]:  # fmt: skip
+    """BatchTopK's selection of a whole batch, for :func:`joint_step` on parts of it; encodes in so many ``parts``."""
+    return ops.select_batch(x, _tensors(coder, optimizer), k, parts=parts, implementation=coder.implementation)
+
+
+def _tensors(coder: FastSae, optimizer: RowOptimizer | None) -> Coder:
+    """With the optimizer's narrow copies, where it keeps them."""
+    assert coder.W_dec is not None
+    low = {} if optimizer is None else optimizer.low
+    return Coder(
+        coder.encoder.weight, coder.encoder.bias, coder.W_dec, coder.b_dec, coder.W_skip, not coder.cfg.transcode,
+        low.get(coder.encoder.weight), low.get(coder.W_dec),
+    )  # fmt: skip
 
 
 def _autograd_step(

@@ -27,8 +27,10 @@ class TrainingMetrics:
         self.tokens_since_fired = torch.zeros(coder.num_latents, dtype=torch.int64, device=coder.device)
         self.fired = torch.zeros(coder.num_latents, dtype=torch.bool, device=coder.device)  # in this step
         self._dead: DeadLatents | None = None
-        self.step_sums = torch.zeros(4, device=coder.device)  # fvu, auxk, multi_topk_fvu, batches; of this step
-        self._sums = torch.zeros(4, device=coder.device)  # and of those before it
+        self._prefixes = coder.cfg.prefixes_for(coder.num_latents)[:-1]
+        kinds = 4 + len(self._prefixes)  # fvu, auxk, multi_topk_fvu, batches, and every prefix's fvu
+        self.step_sums = torch.zeros(kinds, device=coder.device)  # of this step
+        self._sums = torch.zeros(kinds, device=coder.device)  # and of those before it
         self.stopwatch = Stopwatch(coder.device)
         self._bad_step = torch.full((2,), -1, dtype=torch.int64, device=coder.device)  # activations, losses
 
@@ -36,6 +38,8 @@ class TrainingMetrics:
         """Add the losses of a batch, or of a chunk that holds ``share`` of it; no synchronisation."""
         self.step_sums[:3] += torch.stack([losses.fvu, losses.auxk, losses.multi_topk_fvu]).float()
         self.step_sums[3] += share
+        if losses.prefix_fvus is not None:
+            self.step_sums[4:] += losses.prefix_fvus[:-1].float()
         self.fired |= losses.fired
 
     def watch(self, step: int, variance: Tensor | None = None) -> None:
@@ -106,6 +110,7 @@ class TrainingMetrics:
             values["auxk"] = sums[1] / batches
         if self.coder.cfg.multi_topk:
             values["multi_topk_fvu"] = sums[2] / batches
+        values.update({f"fvu_{width}": total / batches for width, total in zip(self._prefixes, sums[4:], strict=True)})
         return values
 
     def check(self) -> None:

@@ -13,21 +13,26 @@ from torch import Tensor
 
 from .config import TrainConfig
 from .errors import OutOfMemoryError, is_out_of_memory
-from .joint import joint_step
+from .joint import joint_step, select
 from .metrics import TrainingMetrics
+from .ops import selection_of
 from .row_optimizer import RowOptimizer
 from .sae import FastSae
 
 logger = logging.getLogger("fastsae")
 
+THRESHOLD_RATE = 0.01
+"""The least weight of a step in BatchTopK's threshold: SAELens' topk_threshold_lr."""
+
 
 class MicroBatches:
     """How many ``parts`` a batch's activations are trained in, each of its own forward and backward.
 
-    Losses are sums over tokens and the variance is the whole batch's, so any number of parts gives the same numbers,
-    to rounding. Where memory runs out, the part that did not fit is halved, and the number of parts is doubled for
-    what follows. The matrices' update inside the backward pass is for whole batches only: the first row it changes
-    rules a second try out, and :func:`joint_step` says so; until then, nothing was changed.
+    Losses are sums over tokens, and the variance and BatchTopK's selection are the whole batch's, so any number of
+    parts gives the same numbers, to rounding. Where memory runs out, the part that did not fit is halved, and the
+    number of parts is doubled for what follows. The matrices' update inside the backward pass is for whole batches
+    only: the first row it changes rules a second try out, and :func:`joint_step` says so; until then, nothing was
+    changed.
     """
 
     def __init__(self, parts: int):
@@ -47,31 +52,38 @@ class MicroBatches:
         optimizer: RowOptimizer | None,
         inside: bool,
         k: int,
+        step: int = 0,  # from 0
     ) -> None:
         """Gradients and metrics of a batch; ``inside``: and the matrices' step, if memory lasts for it."""
-        todo = deque(zip(x.chunk(self.parts), y.chunk(self.parts), strict=True) if len(y) else ())
+        todo, batch, least = deque(_parts(0, len(y), self.parts)), None, []
         while todo:
-            x_part, y_part = todo.popleft()
+            begin, end = todo.popleft()
             try:
+                if batch is None and coder.cfg.activation == "batchtopk" and end - begin < len(y):
+                    batch = select(coder, x, optimizer, k, self.parts)
                 losses = joint_step(
-                    coder, x_part, y_part, variance, cfg, dead=metrics.dead_ids(),
+                    coder, x[begin:end], y[begin:end], variance, cfg, dead=metrics.dead_ids(),
                     num_dead=metrics.num_dead(), share=share, optimizer=optimizer, inside=inside, k=k,
+                    selected=None if batch is None else selection_of(batch, begin, end),
                 )  # fmt: skip
             except RuntimeError as error:
                 if not is_out_of_memory(error):
                     raise
                 if coder.peers is not None:  # other ranks are in the middle of this part
                     raise OutOfMemoryError(
-                        f"{metrics.name}: out of memory on {len(y_part)} tokens; go on from the last checkpoint with a "
+                        f"{metrics.name}: out of memory on {end - begin} tokens; go on from the last checkpoint with a "
                         "higher --micro-acc-steps, or start with a higher --distribute-latents"
                     ) from error
                 losses = None  # what the error holds on to is freed at the end of this block
             if losses is None:
-                self._halve(metrics.name, len(y_part), len(y))
-                todo.extendleft(reversed(list(zip(x_part.chunk(2), y_part.chunk(2), strict=True))))
+                self._halve(metrics.name, end - begin, len(y))
+                todo.extendleft(reversed(_parts(begin, end, 2)))
                 inside = False
             else:
-                metrics.add(losses, len(y_part) / count)
+                metrics.add(losses, (end - begin) / count)
+                least += [] if losses.least is None else [losses.least]
+        if least:
+            coder.learn_threshold(torch.stack(least).min(), max(THRESHOLD_RATE, 1 / (step + 1)))
 
     def _halve(self, name: str, tokens: int, all_tokens: int) -> None:
         """Of a batch of ``all_tokens``, a part of ``tokens`` did not fit: make parts of half that size."""
@@ -89,3 +101,9 @@ class MicroBatches:
             )  # fmt: skip
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
+
+
+def _parts(begin: int, end: int, parts: int) -> list[tuple[int, int]]:
+    """``begin ... end - 1`` in at most so many parts of one size, but for the last; none of nothing."""
+    size = max(1, -(-(end - begin) // parts))
+    return [(first, min(first + size, end)) for first in range(begin, end, size)]

@@ -12,7 +12,8 @@ import os
 
 import fastsae_kernels
 import torch
-from fastsae_kernels import Coder, EncoderOutput, GradSink, Loss, RowStep, StepOutput
+from fastsae_kernels import Block, Coder, EncoderOutput, GradSink, Loss, RowStep, StepOutput
+from fastsae_kernels.batch_topk import part as selection_of
 from fastsae_kernels.split import Peers, all_winners, own_k, own_winners
 from fastsae_kernels.step import Sink
 from torch import Tensor
@@ -23,6 +24,7 @@ logger = logging.getLogger("fastsae")
 _logged: set[str] = set()
 
 __all__ = [
+    "Block",
     "Coder",
     "EncoderOutput",
     "GradSink",
@@ -32,10 +34,13 @@ __all__ = [
     "Sink",
     "StepOutput",
     "all_winners",
+    "batch_topk_encode",
     "coder_step",
     "own_k",
     "own_winners",
     "resolve",
+    "select_batch",
+    "selection_of",
     "sparse_decode",
     "topk_encode",
 ]
@@ -93,6 +98,19 @@ def topk_encode(x: Tensor, weight: Tensor, bias: Tensor, k: int, *, implementati
     return fastsae_kernels.topk_encode(x, weight, bias, k, implementation=resolve(implementation, x.device), **options)
 
 
+def batch_topk_encode(
+    x: Tensor, weight: Tensor, bias: Tensor, k: int, threshold: Tensor, *, implementation: str, **options
+) -> EncoderOutput:
+    """Every activation above ``threshold``, or while that is unset (negative) the N·k largest of the batch.
+
+    By the implementation that fits ``x.device``.
+    """
+    options["implementation"] = resolve(implementation, x.device)
+    if threshold < 0:
+        return fastsae_kernels.batch_topk_encode(x, weight, bias, k, **options)
+    return fastsae_kernels.threshold_encode(x, weight, bias, threshold, k, **options)
+
+
 def sparse_decode(
     top_acts: Tensor, top_indices: Tensor, W_dec: Tensor, b_dec: Tensor | None = None, *, implementation: str
 ) -> Tensor:
@@ -109,3 +127,8 @@ def coder_step(
     return fastsae_kernels.coder_step(
         x, target, coder, loss, sink, implementation=resolve(implementation, x.device), **options
     )
+
+
+def select_batch(x: Tensor, coder: Coder, k: int, *, implementation: str, **options) -> list[Block]:
+    """:func:`fastsae_kernels.select_batch` by the implementation that fits ``x.device``."""
+    return fastsae_kernels.select_batch(x, coder, k, implementation=resolve(implementation, x.device), **options)

@@ -109,7 +109,7 @@ def _clip_gradient(coder: FastSae, max_norm: float) -> None:
 def active_latents(cfg: TrainConfig, coder: FastSae, step: int) -> int:
     """k in optimizer step ``step`` (from 0): linear from min(latents, 10 D) to the coder's, as sparsify decays it."""
     first, last = min(coder.all_latents, 10 * coder.d_in), coder.cfg.k
-    if step >= cfg.k_decay_steps or first <= last or coder.cfg.activation != "topk":
+    if step >= cfg.k_decay_steps or first <= last or coder.cfg.activation == "groupmax":
         return last
     return round(first + (last - first) * step / cfg.k_decay_steps)
 

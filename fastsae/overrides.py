@@ -2,7 +2,8 @@
 
 ``PATTERN:FIELD=VALUE,...`` changes fields of :class:`SaeConfig` where the wildcard matches; later overrides win, field
 by field. Several values of a field, ``k=32|64``, make a variant of the coder for each; with several such fields, one
-for each combination. All are trained from the same pass of the model.
+for each combination. A list's items are joined by ``+``: ``matryoshka_widths=64+512``. All are trained from the same
+pass of the model.
 """
 
 from __future__ import annotations
@@ -78,12 +79,16 @@ def _variants(base: SaeConfig, hookpoint: str, overrides: list[Override]) -> dic
     variants = {}
     for chosen in itertools.product(*values.values()):
         fields = dict(zip(values, chosen, strict=True))
-        label = "-".join(f"{name}{value}" for name, value in fields.items() if len(values[name]) > 1)
+        label = "-".join(f"{name}{_written(value)}" for name, value in fields.items() if len(values[name]) > 1)
         try:
             variants[label] = dataclasses.replace(base, **fields)
         except ConfigError as error:
             raise ConfigError(f"set: {hookpoint}: {error}") from None
     return variants
+
+
+def _written(value: Any) -> str:
+    return "+".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
 def _parse_assignment(part: str, text: str) -> tuple[str, tuple[Any, ...]]:
@@ -96,7 +101,7 @@ def _parse_assignment(part: str, text: str) -> tuple[str, tuple[Any, ...]]:
         raise ConfigError(f"set: expected a field of a coder, got {name!r} in {text!r}{close_names(name, hints)}")
     if not (equals and written.strip()):
         raise ConfigError(f"set: expected {name}=value, got {part.strip()!r} in {text!r}")
-    values = tuple(convert(name, value.strip(), hints[name]) for value in written.split("|"))
+    values = tuple(convert(name, value.strip().replace("+", ","), hints[name]) for value in written.split("|"))
     for value in values:
         check_type(name, value, hints[name])
     if len(set(values)) < len(values):

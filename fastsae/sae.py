@@ -45,11 +45,14 @@ class FastSae(nn.Module):
 
     Parameters: ``encoder.weight [L, D]``, ``encoder.bias [L]``, ``W_dec [L, D]``, ``b_dec [D]``, and with a
     skip connection ``W_skip [D, D]``. A transcoder (``cfg.transcode``) encodes ``x`` itself, without b_dec.
-    The encoder's product is computed in the precision of ``x``, summed in float32.
+    The encoder's product is computed in the precision of ``x``, summed in float32. BatchTopK coders have a buffer
+    ``threshold`` []: training sets it to about the smallest selected activation, and every activation above it is
+    active, so that tokens do not depend on each other; -1 is unset, and then the largest of the batch at hand are.
     """
 
     W_dec: nn.Parameter | None
     W_skip: nn.Parameter | None
+    threshold: Tensor
     peers: Peers | None = None
     """The ranks that hold the other latents, where training has split them."""
 
@@ -82,6 +85,8 @@ class FastSae(nn.Module):
                 self.set_decoder_norm_to_unit_norm()
         self.b_dec = nn.Parameter(weight.new_zeros(d_in))
         self.W_skip = nn.Parameter(weight.new_zeros(d_in, d_in)) if cfg.skip_connection else None
+        if cfg.activation == "batchtopk":
+            self.register_buffer("threshold", torch.tensor(-1.0, device=device))
 
     @property
     def all_latents(self) -> int:
@@ -107,8 +112,8 @@ class FastSae(nn.Module):
     def encode(self, x: Tensor, *, return_pre_acts: bool = False) -> EncoderOutput:
         """(top_acts [..., K], top_indices [..., K], pre_acts [..., L] or None) of x [..., D].
 
-        Larger activations come first. ``pre_acts``, the dense matrix that fusion exists to avoid, is made
-        only on request.
+        Larger activations come first; K is k, for BatchTopK about as many as the token with the most needs.
+        ``pre_acts``, the dense matrix that fusion exists to avoid, is made only on request.
         """
         self._check_width("x", x)
         out = self._encode(x.reshape(-1, self.d_in), self.cfg.k, return_pre_acts=return_pre_acts)
@@ -143,7 +148,10 @@ class FastSae(nn.Module):
 
         wide_k = 4 * k if self.cfg.multi_topk and self.cfg.activation == "topk" else k
         wide_acts, wide_indices, _ = self._encode(x, wide_k)
-        acts, indices = wide_acts[:, :k], wide_indices[:, :k]  # larger first: the top k of the top 4k
+        if wide_k > k:  # larger first: the top k of the top 4k
+            acts, indices = wide_acts[:, :k], wide_indices[:, :k]
+        else:
+            acts, indices = wide_acts, wide_indices
         offset = self.b_dec if self.W_skip is None else self.b_dec + x.to(self.dtype) @ self.W_skip.mT
         sae_out = self._decode(acts, indices) + offset
         residual = y - sae_out
@@ -157,7 +165,8 @@ class FastSae(nn.Module):
             multi_topk_fvu = loss.fvu(y - self._decode(wide_acts, wide_indices) - offset, variance)
 
         return ForwardOutput(
-            sae_out.reshape(*shape, self.d_in), acts.reshape(*shape, k), indices.reshape(*shape, k),
+            sae_out.reshape(*shape, self.d_in), acts.reshape(*shape, acts.shape[1]),
+            indices.reshape(*shape, acts.shape[1]),
             loss.fvu(residual, variance), auxk_loss, multi_topk_fvu,
         )  # fmt: skip
 
@@ -171,10 +180,24 @@ class FastSae(nn.Module):
 
     def _encode(self, x: Tensor, k: int, **options) -> EncoderOutput:
         options.setdefault("activation", self.cfg.activation)
-        b_dec = None if self.cfg.transcode else self.b_dec
-        return ops.topk_encode(
-            x, self.encoder.weight, self.encoder.bias, k, b_dec=b_dec, implementation=self.implementation, **options
-        )
+        tensors = x, self.encoder.weight, self.encoder.bias
+        how = {"b_dec": None if self.cfg.transcode else self.b_dec, "implementation": self.implementation}
+        if options["activation"] != "batchtopk":
+            return ops.topk_encode(*tensors, k, **how, **options)
+        out = ops.batch_topk_encode(*tensors, k, self.threshold, **how)
+        if options.get("return_pre_acts"):
+            out = out._replace(pre_acts=ops.topk_encode(*tensors, k, return_pre_acts=True, **how).pre_acts)
+        return out
+
+    @torch.no_grad()
+    def learn_threshold(self, least: Tensor, weight: float) -> None:
+        """Move BatchTopK's threshold to ``least`` [], a batch's smallest selected activation, by ``weight``.
+
+        A running mean with a floor, as SAELens and dictionary_learning keep theirs; inf (no activation) is none.
+        """
+        least = least.to(self.threshold)
+        moved = torch.where(self.threshold < 0, least, torch.lerp(self.threshold, least, weight))
+        self.threshold.copy_(torch.where(least.isfinite(), moved, self.threshold))
 
     def _decode(self, top_acts: Tensor, top_indices: Tensor) -> Tensor:
         if self.W_dec is None:

@@ -126,6 +126,7 @@ class StepTrainer:
                 self.micro_batches.train(
                     coder, x, y, self.metrics[name], self.cfg, variance=variance, count=count, share=share,
                     optimizer=optimizer, inside=self._in_place(), k=active_latents(self.cfg, coder, self.step),
+                    step=self.step,
                 )  # fmt: skip
             self.metrics[name].watch(self.step + 1, variance)
 

@@ -9,6 +9,7 @@ from models import make_model, token_rows
 from fastsae import FastSae, SaeConfig, TrainConfig, Trainer, ops
 from fastsae.errors import ArtifactError, HookpointError, OutOfMemoryError
 
+BATCH_TOPK = {"sae": SaeConfig(activation="batchtopk", num_latents=64, k=4, matryoshka_widths=(16,))}
 CPU_SAYS = "[enforce fail at alloc_cpu.cpp:117] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to"
 
 
@@ -42,7 +43,7 @@ def small_memory(monkeypatch, tokens: int, error: Exception) -> list[int]:
 
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory."), RuntimeError(CPU_SAYS)])
-@pytest.mark.parametrize("options", [{}, {"optimizer": "signum", "lr": 1e-4}, {"grad_acc_steps": 2}])
+@pytest.mark.parametrize("options", [{}, {"optimizer": "signum", "lr": 1e-4}, {"grad_acc_steps": 2}, BATCH_TOPK])
 def test_memory_that_runs_out_halves_the_micro_batch_and_changes_no_number(
     tmp_path, monkeypatch, caplog, error, options
 ):

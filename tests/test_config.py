@@ -28,7 +28,7 @@ def test_configs_are_frozen():
         (lambda: SaeConfig(k=0), "k: expected at least 1, got 0"),
         (lambda: SaeConfig(k="32"), "k: expected an integer, got '32'"),  # type: ignore[arg-type]
         (lambda: SaeConfig(k=True), "k: expected an integer, got True"),
-        (lambda: SaeConfig(activation="relu"), "activation: expected 'topk' or 'groupmax', got 'relu'"),  # type: ignore[arg-type]
+        (lambda: SaeConfig(activation="relu"), "activation: expected 'topk' or 'groupmax' or 'batchtopk', got 'relu'"),  # type: ignore[arg-type]
         (lambda: SaeConfig(num_latents=16, k=17), "got k = 17 and 16 latents; lower --k"),
         (lambda: SaeConfig(num_latents=16, k=5, multi_topk=True), r"got 4k \(Multi-TopK\) = 20 and 16 latents"),
         (lambda: SaeConfig(num_latents=100, k=33, activation="groupmax"), "divisible by k.*try --k 25"),

@@ -18,12 +18,13 @@ from fastsae.trainer import Trainer
 coders = st.fixed_dictionaries(
     {},
     optional={
-        "activation": st.sampled_from(["topk", "topk", "groupmax", "relu"]),
+        "activation": st.sampled_from(["topk", "topk", "groupmax", "batchtopk", "relu"]),
         "expansion_factor": st.sampled_from([2, 3, 4, 0]),
         "num_latents": st.sampled_from([0, 64, 100, 1]),
         "k": st.sampled_from([1, 4, 5, 8, 40, 0]),
         "normalize_decoder": st.booleans(),
         "multi_topk": st.booleans(),
+        "matryoshka_widths": st.sampled_from([[], "8,32", [16], [64], [0], [5, 3], [200]]),
         "skip_connection": st.booleans(),
         "transcode": st.booleans(),
     },

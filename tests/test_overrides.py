@@ -62,7 +62,7 @@ def test_an_expansion_factor_wins_over_a_number_of_latents_for_all():
         ("h.0:k", "expected k=value, got 'k'"),
         ("h.0:k=many", "k: expected an integer, got 'many'"),
         ("h.0:multi_topk=maybe", "multi_topk: expected on or off"),
-        ("h.0:activation=relu", "activation: expected 'topk' or 'groupmax', got 'relu'"),
+        ("h.0:activation=relu", "activation: expected 'topk' or 'groupmax' or 'batchtopk', got 'relu'"),
         ("h.0:k=3|3", r"expected distinct values of k, got '3\|3'"),
         ("h.0:k=3,k=4", "expected k once in 'h.0:k=3,k=4'; several values go together"),
         ("h.0:transcode=on", "transcode is the same for all coders of a run"),

@@ -43,6 +43,12 @@ def latent_bounds(cfg: SaeConfig, d_in: int, ranks: int) -> list[int]:
 
     Raises :class:`ConfigError` where a rank would have none.
     """
+    if cfg.activation == "batchtopk" or cfg.matryoshka_widths:
+        got = "batchtopk" if cfg.activation == "batchtopk" else "Matryoshka widths"
+        raise ConfigError(
+            f"distribute_latents: expected topk or groupmax of one width, got {got}, whose step needs all latents of a "
+            "coder; use --distribute-modules"
+        )
     num_latents = cfg.latents_for(d_in)
     units = num_latents if cfg.activation == "topk" else cfg.k
     if units < ranks:

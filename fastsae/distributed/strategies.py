@@ -39,4 +39,9 @@ def make_strategy(cfg: TrainConfig, world: World, specs: Mapping[str, CoderSpec]
             for line in describe(costs, owner, world.size):
                 logger.info("%s", line)
         return Modules(world, owner)
+    if name := next((name for name, spec in specs.items() if spec.sae.activation == "batchtopk"), None):
+        raise ConfigError(
+            f"{name}: expected --distribute-modules for batchtopk in several processes, got replicas: it selects over "
+            "a whole batch, of which each of them has a part"
+        )
     return Replicas(world, GradientReduction(world, dtype))

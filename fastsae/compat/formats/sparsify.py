@@ -19,7 +19,7 @@ from .. import fitting
 from ..coder import Coder
 
 NAME = "sparsify"
-_TRAINING = ("expansion_factor", "normalize_decoder", "multi_topk")
+_TRAINING = ("expansion_factor", "normalize_decoder", "multi_topk", "matryoshka_widths")
 
 
 def is_coder(path: Path) -> bool:
@@ -42,13 +42,19 @@ def from_fastsae(sae: FastSae) -> Coder:
 
 
 def from_parts(cfg: SaeConfig, tensors: dict[str, Tensor], notes: dict[str, Any]) -> Coder:
+    threshold = None
+    if cfg.activation == "batchtopk":  # at inference every activation above one threshold: a JumpReLU
+        if tensors["threshold"] < 0:
+            raise CheckpointError("expected a BatchTopK coder whose threshold training has set, got an untrained one")
+        threshold = tensors["threshold"].expand_as(tensors["encoder.bias"]).clone()
     return Coder(
         W_enc=tensors["encoder.weight"],
         b_enc=tensors["encoder.bias"],
         W_dec=tensors["W_dec"],
         b_dec=tensors["b_dec"],
         W_skip=tensors.get("W_skip"),
-        activation=cfg.activation,
+        activation="jumprelu" if cfg.activation == "batchtopk" else cfg.activation,
+        threshold=threshold,
         k=cfg.k,
         centered=not cfg.transcode,
         transcode=cfg.transcode,
@@ -69,6 +75,22 @@ def fit(coder: Coder) -> tuple[Coder, list[str]]:
     return fitting.with_centering(coder, not coder.transcode, lost), lost
 
 
+def fit_native(coder: Coder) -> tuple[Coder, list[str]]:
+    """As :func:`fit`, for fastsae itself, which computes BatchTopK's threshold too."""
+    if not is_batch_topk(coder):
+        return fit(coder)
+    lost: list[str] = []
+    coder = fitting.without_layer_norm(coder, "fastsae", lost)
+    return fitting.with_centering(coder, not coder.transcode, lost), lost
+
+
+def is_batch_topk(coder: Coder) -> bool:
+    """Whether it is what BatchTopK computes at inference: one threshold, not negative, and a known mean k."""
+    if coder.threshold is None or coder.k is None or coder.d_in != coder.d_out:
+        return False
+    return bool((coder.threshold == coder.threshold[0]).all() and coder.threshold[0] >= 0)
+
+
 def write(folder: Path, coders: dict[str, Coder]) -> None:
     for name, coder in coders.items():
         cfg, tensors, notes = to_parts(coder)
@@ -84,7 +106,7 @@ def to_parts(coder: Coder) -> tuple[SaeConfig, dict[str, Tensor], dict[str, Any]
     cfg = SaeConfig.from_dict(
         {
             **training,
-            "activation": coder.activation,
+            "activation": coder.activation if coder.threshold is None else "batchtopk",
             "k": coder.k,
             "num_latents": coder.num_latents,
             "skip_connection": coder.W_skip is not None,
@@ -94,12 +116,14 @@ def to_parts(coder: Coder) -> tuple[SaeConfig, dict[str, Tensor], dict[str, Any]
     tensors = {"encoder.weight": coder.W_enc, "encoder.bias": coder.b_enc, "W_dec": coder.W_dec, "b_dec": coder.b_dec}
     if coder.W_skip is not None:
         tensors["W_skip"] = coder.W_skip
+    if coder.threshold is not None:
+        tensors["threshold"] = coder.threshold[0].float().clone()
     return cfg, tensors, {**notes, **{name: value for name, value in facts.items() if value is not None}}
 
 
 def to_fastsae(coder: Coder) -> FastSae:
     """A coder that loses nothing by it as a :class:`FastSae`; else :class:`CheckpointError` with the reasons."""
-    fitted, lost = fit(coder)
+    fitted, lost = fit_native(coder)
     if lost:
         raise CheckpointError(f"expected a coder that FastSae can compute: {'; '.join(lost)}")
     cfg, tensors, notes = to_parts(fitted)
