@@ -83,7 +83,7 @@ def latent_grad_cases(target: str) -> list[Case]:
             types=INDEX | COUNTS | pointers,
             constexprs={name: None for name in optional if name not in pointers}
             | {"D": D, "K": K, "FIRST_K": 0, "CHUNKS": chunks}
-            | {"BLOCK_P": config.BLOCK_P, "BLOCK_D": config.BLOCK_D},
+            | {"BLOCK_P": config.BLOCK_P, "BLOCK_D": config.BLOCK_D, "STAGES": config.STAGES},
             options={"num_warps": config.num_warps},
             unaligned=frozenset(COUNTS),
         )

@@ -61,7 +61,8 @@ def latent_step_cases(target: str) -> list[Case]:
             constexprs=without
             | {"D": D, "K": K, "FIRST_K": K // 4, "RULE": row_update.CODES[rule]}
             | {"ENC_UNIT_ROWS": False, "DEC_UNIT_ROWS": True}
-            | {"LATENTS": config.LATENTS, "BLOCK_P": config.BLOCK_P, "BLOCK_D": config.BLOCK_D},
+            | {"LATENTS": config.LATENTS, "BLOCK_P": config.BLOCK_P, "BLOCK_D": config.BLOCK_D}
+            | {"STAGES": config.STAGES},
             options={"num_warps": config.num_warps},
             unaligned=frozenset({"N", "L", "split"}),
         )

@@ -1,19 +1,19 @@
 """fastsae and the real eai-sparsify 1.3.3 read each other's coders and compute the same with them."""
 
+import os
+
 import pytest
 import torch
 
 from fastsae import FastSae, SaeConfig, TranscoderConfig
 
+os.environ["SPARSIFY_DISABLE_TRITON"] = "1"  # read at import: its decoder would pick Triton on CPU tensors
 pytest.importorskip("sparsify", reason="eai-sparsify is not installed; pip install 'fastsae[interop]'")
 pytestmark = pytest.mark.filterwarnings("ignore")  # of the other library
 
 
 @pytest.fixture(scope="module")
 def sparsify():
-    import os
-
-    os.environ["SPARSIFY_DISABLE_TRITON"] = "1"  # its decoder would pick Triton on CPU tensors
     import sparsify
 
     return sparsify

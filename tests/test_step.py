@@ -137,7 +137,9 @@ def test_losses_and_gradients_equal_autograd(implementation, variant, shape, dev
     got = joint(to(case, torch.float32, device if implementation == "triton" else "cpu"), implementation)
     for name, want in truth.items():
         if name != "indices":  # the same numbers in another order of sums
-            assert_no_worse(got[name].cpu(), plain[name], want, floor=1e-6)
+            assert_no_worse(
+                got[name].cpu(), plain[name], want, floor=2e-6
+            )  # a d_act of terms 8 times as large: 16 ulps
 
 
 @pytest.mark.parametrize("variant", ["plain", "all", "widths"])

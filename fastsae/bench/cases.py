@@ -42,7 +42,10 @@ def _torch_encode(x, weight, bias, k, b_dec=None):
 
 
 def _torch_decode(acts, indices, W_dec, b_dec=None):
-    out = torch.nn.functional.embedding_bag(indices, W_dec, per_sample_weights=acts, mode="sum")
+    if acts.is_cuda and acts.requires_grad and acts.dtype != torch.float32:  # CUDA's bags have no such backward
+        out = acts.new_zeros(len(acts), len(W_dec)).scatter(1, indices, acts) @ W_dec
+    else:
+        out = torch.nn.functional.embedding_bag(indices, W_dec, per_sample_weights=acts, mode="sum")
     return out if b_dec is None else out + b_dec
 
 

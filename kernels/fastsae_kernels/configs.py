@@ -57,6 +57,9 @@ class EncodeConfig:
     SWIZZLE_N: int = 8
     """Blocks of tokens that share a sweep over the latents, so that a weight tile is reused from L2."""
 
+    persistent: bool = False
+    """One program per multiprocessor takes tile after tile, and loads the next while it reduces the last."""
+
     def num_groups(self, L: int) -> int:
         """Groups of a row, those of the last tile's padding included."""
         return triton.cdiv(L, self.BLOCK_L) * (self.BLOCK_L // self.GROUP)
@@ -103,6 +106,12 @@ def _family_of_gpu(index: int) -> str:
     return "sm_80" if capability == (8, 0) else "sm_89"
 
 
+@functools.cache
+def multiprocessors(device: torch.device) -> int:
+    """Multiprocessors of a GPU; 2 under the interpreter."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
+
+
 def dot_precision(dtype: torch.dtype) -> str:
     """``tl.dot``'s precision: float32 products are never rounded to tf32; narrower ones have no choice."""
     return "ieee" if dtype == torch.float32 else "tf32"
@@ -128,13 +137,13 @@ def list_length(k: int, extra: int) -> int:
 _ENCODE_16_BIT = {
     "sm_80": EncodeConfig(128, 256, 32, GROUP=8, STRIDE=32, num_warps=8, num_stages=3),
     "sm_89": EncodeConfig(128, 128, 32, GROUP=8, STRIDE=16, num_warps=4, num_stages=3),
-    "sm_90": EncodeConfig(128, 256, 64, GROUP=16, STRIDE=8, num_warps=8, num_stages=4, descriptors=True),
+    "sm_90": EncodeConfig(
+        128, 256, 64, GROUP=16, STRIDE=8, num_warps=8, num_stages=3, descriptors=True, persistent=True
+    ),
     "sm_100": EncodeConfig(128, 256, 64, GROUP=16, STRIDE=8, num_warps=8, num_stages=4, descriptors=True),
     "gfx942": EncodeConfig(128, 128, 64, GROUP=16, STRIDE=8, num_warps=8, num_stages=2),
     "interpreter": EncodeConfig(16, 16, 16, GROUP=4, STRIDE=4, num_warps=1, num_stages=1),
 }
-# Two programs per multiprocessor: one's reduction hides behind the other's short loop over a narrow width.
-_ENCODE_NARROW = {"sm_90": EncodeConfig(128, 128, 64, GROUP=16, STRIDE=8, num_warps=4, num_stages=3, descriptors=True)}
 # Without matrix units a thread owns four neighbouring columns, which is a group.
 _ENCODE_32_BIT = {
     "sm_80": EncodeConfig(64, 128, 16, GROUP=4, STRIDE=1, num_warps=8, num_stages=3),
@@ -148,26 +157,31 @@ _ENCODE_32_BIT = {
 
 def default_encode(D: int, L: int, dtype: torch.dtype, family: str) -> EncodeConfig:
     """Shipped tiles of the fused encoder."""
-    if dtype == torch.float32:
-        return _ENCODE_32_BIT[family]
-    narrow = _ENCODE_NARROW.get(family)
-    return narrow if narrow and D <= 1024 else _ENCODE_16_BIT[family]
+    return (_ENCODE_32_BIT if dtype == torch.float32 else _ENCODE_16_BIT)[family]
 
 
 def default_groupmax(dtype: torch.dtype, family: str) -> EncodeConfig:
     """Shipped tiles of the fused GroupMax: smaller, for its running maxima stay in registers beside them."""
     config = (_ENCODE_32_BIT if dtype == torch.float32 else _ENCODE_16_BIT)[family]
-    return replace(config, BLOCK_L=min(config.BLOCK_L, 128), num_stages=min(config.num_stages, 3), descriptors=False)
+    return replace(
+        config,
+        BLOCK_L=min(config.BLOCK_L, 128),
+        num_stages=min(config.num_stages, 3),
+        descriptors=False,
+        persistent=False,
+    )
 
 
 def encode_candidates(D: int, L: int, dtype: torch.dtype, family: str) -> list[EncodeConfig]:
     """What autotuning tries besides the default."""
     default = default_encode(D, L, dtype, family)
-    others = [] if dtype == torch.float32 else [_ENCODE_NARROW.get(family, default), _ENCODE_16_BIT[family]]
-    shallower = [replace(c, num_stages=c.num_stages - 1) for c in (default, *others) if c.num_stages > 2]
-    pointers = [replace(c, descriptors=False) for c in (default, *others)]
-    wider = [replace(c, SWIZZLE_N=16) for c in (default, *others)]
-    return list(dict.fromkeys([default, *others, *shallower, *pointers, *wider]))
+    found = [default, replace(default, SWIZZLE_N=16), replace(default, num_stages=default.num_stages + 1)]
+    if default.num_stages > 2:
+        found.append(replace(default, num_stages=default.num_stages - 1))
+    if default.descriptors:
+        found += [replace(default, persistent=not default.persistent)]
+        found += [replace(default, persistent=False, descriptors=False)]
+    return found
 
 
 def resolve_config(num_groups: int, k: int, group: int, family: str) -> ResolveConfig:
@@ -175,9 +189,8 @@ def resolve_config(num_groups: int, k: int, group: int, family: str) -> ResolveC
     width = window(k, group)
     if family == "interpreter":
         return ResolveConfig(width, 16, num_warps=1)
-    num_warps = 16 if num_groups > 8192 else 4 if num_groups <= 2048 and width <= 128 else 8
-    block_d = min(128, max(16, 512 * num_warps // width))  # 16 sums a thread, whatever the window
-    return ResolveConfig(width, block_d, num_warps)
+    num_warps = min(16, max(4 if width <= 128 else 8, num_groups // 2048))  # 64 maxima a thread, at most
+    return ResolveConfig(width, 32 if width <= 128 else 16, num_warps)
 
 
 def select_config(L: int, k: int, device: torch.device) -> SelectConfig:
@@ -199,8 +212,8 @@ def default_select(L: int, k: int, family: str) -> SelectConfig:
 
 # ---- decoding and the backward pass ----------------------------------------------------------------------
 
-SLAB_BYTES = 32 * 2**20
-"""A slab of W_dec should stay in L2 beside everything else: 40 MB on A100, 50 on H100, more on later GPUs."""
+SLAB_BYTES = 8 * 2**20
+"""A slab of W_dec should stay in L2 beside everything else: on an H200 with 60 MB, 16 MB were slower than 8."""
 
 
 @dataclass(frozen=True)
@@ -228,20 +241,23 @@ class LatentGradConfig:
 
     num_warps: int
 
+    STAGES: int = 0
+    """Iterations that rows of tokens are loaded ahead, through shared memory; 0: none."""
+
 
 def decode_config(D: int, L: int, k: int, itemsize: int) -> DecodeConfig:
-    """Slabs of 256 columns; of 128 where 256 would not fit into L2 or leave more than an eighth of its lanes idle."""
-    BLOCK_D = min(256, max(16, triton.next_power_of_2(D)))
-    if BLOCK_D > 128 and (L * BLOCK_D * itemsize > SLAB_BYTES or -D % BLOCK_D > D // 8):
-        BLOCK_D = 128
-    return DecodeConfig(min(8, triton.next_power_of_2(k)), BLOCK_D, num_warps=max(1, BLOCK_D // 128))
+    """Slabs of 128 columns; of 64 where 128 would crowd L2 or leave more than an eighth of its lanes idle."""
+    BLOCK_D = min(128, max(16, triton.next_power_of_2(D)))
+    if BLOCK_D > 64 and (L * BLOCK_D * itemsize > SLAB_BYTES or -D % BLOCK_D > D // 8):
+        BLOCK_D = 64
+    return DecodeConfig(min(4, triton.next_power_of_2(k)), BLOCK_D, num_warps=1)
 
 
 def latent_grad_config(D: int, itemsize: int) -> LatentGradConfig:
     """The whole row in registers up to 8192 columns; beyond, slabs of 4096. Wide float32 rows come one at a time."""
     BLOCK_D = max(16, triton.next_power_of_2(D))
     if BLOCK_D <= 1024:
-        return LatentGradConfig(max(2, 512 // BLOCK_D), BLOCK_D, num_warps=max(1, BLOCK_D // 256))
+        return LatentGradConfig(1024 // BLOCK_D, BLOCK_D, num_warps=1)
     BLOCK_P = 1 if itemsize == 4 else 2
     if BLOCK_D == 2048:
         return LatentGradConfig(BLOCK_P, BLOCK_D, num_warps=4)
@@ -271,11 +287,14 @@ class LatentStepConfig:
 
     num_warps: int
 
+    STAGES: int = 0
+    """See :class:`LatentGradConfig`."""
+
 
 def latent_step_config(D: int, family: str) -> LatentStepConfig:
     """Few registers a thread, so that two rows or more share a multiprocessor; pairs of wide rows come one by one."""
     BLOCK_D = max(16, triton.next_power_of_2(D))
-    warps = BLOCK_D // (512 if BLOCK_D > 1024 else 128)
+    warps = BLOCK_D // 512
     if family == "gfx942":
         warps //= 2
-    return LatentStepConfig(16, max(1, 1024 // BLOCK_D), BLOCK_D, num_warps=max(1, warps))
+    return LatentStepConfig(16, max(1, 2048 // BLOCK_D), BLOCK_D, num_warps=max(1, warps))

@@ -38,16 +38,46 @@ def _encode_kernel(
     BLOCK_N: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_D: tl.constexpr,
     GROUP: tl.constexpr, STRIDE: tl.constexpr, SWIZZLE_N: tl.constexpr,
     EVEN_D: tl.constexpr, EVEN_L: tl.constexpr, HAS_MASK: tl.constexpr,
+    DESCRIPTORS: tl.constexpr, PERSISTENT: tl.constexpr, PRECISION: tl.constexpr, INTERPRETED: tl.constexpr,
+):  # fmt: skip
+    """One program per tile; PERSISTENT: one per multiprocessor, which loads a tile while it reduces the last one."""
+    tiles = tl.cdiv(N, BLOCK_N) * tl.cdiv(L, BLOCK_L)
+    if PERSISTENT and INTERPRETED:  # see gemm_tile.py
+        tile = tl.program_id(0)
+        while tile < tiles:
+            _encode_tile(
+                tile, x_ptr, weight_ptr, bias_ptr, mask_ptr, maxima_ptr, N, D, L, BLOCK_N, BLOCK_L, BLOCK_D, GROUP,
+                STRIDE, SWIZZLE_N, EVEN_D, EVEN_L, HAS_MASK, DESCRIPTORS, PRECISION, INTERPRETED,
+            )  # fmt: skip
+            tile += tl.num_programs(0)
+    elif PERSISTENT:
+        for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=True):
+            _encode_tile(
+                tile, x_ptr, weight_ptr, bias_ptr, mask_ptr, maxima_ptr, N, D, L, BLOCK_N, BLOCK_L, BLOCK_D, GROUP,
+                STRIDE, SWIZZLE_N, EVEN_D, EVEN_L, HAS_MASK, DESCRIPTORS, PRECISION, INTERPRETED,
+            )  # fmt: skip
+    else:
+        _encode_tile(
+            tl.program_id(0), x_ptr, weight_ptr, bias_ptr, mask_ptr, maxima_ptr, N, D, L, BLOCK_N, BLOCK_L, BLOCK_D,
+            GROUP, STRIDE, SWIZZLE_N, EVEN_D, EVEN_L, HAS_MASK, DESCRIPTORS, PRECISION, INTERPRETED,
+        )  # fmt: skip
+
+
+@triton.jit
+def _encode_tile(
+    tile, x_ptr, weight_ptr, bias_ptr, mask_ptr, maxima_ptr, N, D, L,
+    BLOCK_N: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_D: tl.constexpr,
+    GROUP: tl.constexpr, STRIDE: tl.constexpr, SWIZZLE_N: tl.constexpr,
+    EVEN_D: tl.constexpr, EVEN_L: tl.constexpr, HAS_MASK: tl.constexpr,
     DESCRIPTORS: tl.constexpr, PRECISION: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
-    """One program per tile; blocks of SWIZZLE_N token blocks sweep the latents together."""
+    """The two words of a tile's groups; blocks of SWIZZLE_N token blocks sweep the latents together."""
     blocks_n = tl.cdiv(N, BLOCK_N)
     blocks_l = tl.cdiv(L, BLOCK_L)
-    pid = tl.program_id(0)
-    first_n = pid // (SWIZZLE_N * blocks_l) * SWIZZLE_N
+    first_n = tile // (SWIZZLE_N * blocks_l) * SWIZZLE_N
     swizzle = tl.minimum(blocks_n - first_n, SWIZZLE_N)
-    pid_n = first_n + pid % (SWIZZLE_N * blocks_l) % swizzle
-    pid_l = pid % (SWIZZLE_N * blocks_l) // swizzle
+    pid_n = first_n + tile % (SWIZZLE_N * blocks_l) % swizzle
+    pid_l = tile % (SWIZZLE_N * blocks_l) // swizzle
     scores = tile_scores(
         x_ptr, weight_ptr, bias_ptr, pid_n * BLOCK_N, pid_l * BLOCK_L, N, D, L,
         BLOCK_N, BLOCK_L, BLOCK_D, EVEN_D, DESCRIPTORS, PRECISION, INTERPRETED,
@@ -169,11 +199,16 @@ def group_maxima(
     L = weight.shape[0]
     operands = tile_operands(x, weight, config.BLOCK_N, config.BLOCK_L, config.BLOCK_D) if config.descriptors else None
     x_operand, weight_operand = operands or (x, weight)
-    _encode_kernel[(triton.cdiv(N, config.BLOCK_N) * triton.cdiv(L, config.BLOCK_L),)](
+    programs = triton.cdiv(N, config.BLOCK_N) * triton.cdiv(L, config.BLOCK_L)
+    constexprs = maxima_constexprs(
+        D, L, x.dtype, config, has_mask=latent_mask is not None, descriptors=operands is not None
+    )
+    if constexprs["PERSISTENT"]:
+        programs = min(programs, configs.multiprocessors(x.device))
+    _encode_kernel[(programs,)](
         x_operand, weight_operand, bias, latent_mask, maxima,
         N, D, L,
-        **maxima_constexprs(D, L, x.dtype, config, has_mask=latent_mask is not None, descriptors=operands is not None),
-        num_warps=config.num_warps, num_stages=config.num_stages, enable_fp_fusion=True,
+        **constexprs, num_warps=config.num_warps, num_stages=config.num_stages, enable_fp_fusion=True,
     )  # fmt: skip
 
 
@@ -192,6 +227,7 @@ def maxima_constexprs(
         "EVEN_L": L % config.BLOCK_L == 0,
         "HAS_MASK": has_mask,
         "DESCRIPTORS": descriptors,
+        "PERSISTENT": config.persistent and descriptors == config.descriptors,
         "PRECISION": configs.dot_precision(dtype),
         "INTERPRETED": configs.interpreting(),
     }

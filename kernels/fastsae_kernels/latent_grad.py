@@ -64,6 +64,36 @@ def add_chunks(
 
 
 @triton.jit
+def _add_some(
+    dW_dec, dW_enc, db_enc, begin, end, pairs_ptr, acts_ptr, grad_ptr, scale, x_ptr, W_row, d_acts_ptr,
+    N, offs_d, mask_d, D: tl.constexpr, K: tl.constexpr, FIRST_K: tl.constexpr, BLOCK_P: tl.constexpr,
+):  # fmt: skip
+    """`add_pairs` of the BLOCK_P pairs from ``begin``."""
+    offs_p = tl.arange(0, BLOCK_P)
+    mask_p = begin + offs_p < end
+    pair = tl.load(pairs_ptr + begin + offs_p, mask=mask_p, other=0)
+    token = pair // K
+    if grad_ptr is not None:
+        grad_row = token
+        if FIRST_K > 0:
+            grad_row += tl.where(pair % K >= FIRST_K, N.to(tl.int64), 0)
+        grad = _load_rows(grad_ptr, grad_row, mask_p, offs_d, mask_d, D)
+        act = tl.load(acts_ptr + pair, mask=mask_p, other=0.0).to(tl.float32)
+        dW_dec += tl.sum((act * scale)[:, None] * grad, axis=0)
+    if W_row is not None:
+        d_act = tl.sum(grad * W_row[None, :], axis=1) * scale
+        if d_acts_ptr is not None:
+            tl.store(d_acts_ptr + pair, d_act, mask=mask_p)
+    elif x_ptr is not None:
+        d_act = tl.load(d_acts_ptr + pair, mask=mask_p, other=0.0).to(tl.float32)
+    if x_ptr is not None:
+        x = _load_rows(x_ptr, token, mask_p, offs_d, mask_d, D)
+        dW_enc += tl.sum(d_act[:, None] * x, axis=0)
+        db_enc += tl.sum(d_act, axis=0)
+    return dW_dec, dW_enc, db_enc
+
+
+@triton.jit
 def add_pairs(
     dW_dec, dW_enc, db_enc,  # [BLOCK_D], [BLOCK_D], []
     begin, end, pairs_ptr,
@@ -71,32 +101,25 @@ def add_pairs(
     W_row,  # [BLOCK_D]; None: d_acts are given
     d_acts_ptr,  # [N, K]: read if W_row is None, else written; None: neither
     N, offs_d, mask_d,
-    D: tl.constexpr, K: tl.constexpr, FIRST_K: tl.constexpr, BLOCK_P: tl.constexpr,
+    D: tl.constexpr, K: tl.constexpr, FIRST_K: tl.constexpr, BLOCK_P: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """The sums plus what the pairs ``begin ... end - 1`` of the index add, BLOCK_P at a time."""
-    offs_p = tl.arange(0, BLOCK_P)
-    while begin < end:
-        mask_p = begin + offs_p < end
-        pair = tl.load(pairs_ptr + begin + offs_p, mask=mask_p, other=0)
-        token = pair // K
-        if grad_ptr is not None:
-            grad_row = token
-            if FIRST_K > 0:
-                grad_row += tl.where(pair % K >= FIRST_K, N.to(tl.int64), 0)
-            grad = _load_rows(grad_ptr, grad_row, mask_p, offs_d, mask_d, D)
-            act = tl.load(acts_ptr + pair, mask=mask_p, other=0.0).to(tl.float32)
-            dW_dec += tl.sum((act * scale)[:, None] * grad, axis=0)
-        if W_row is not None:
-            d_act = tl.sum(grad * W_row[None, :], axis=1) * scale
-            if d_acts_ptr is not None:
-                tl.store(d_acts_ptr + pair, d_act, mask=mask_p)
-        elif x_ptr is not None:
-            d_act = tl.load(d_acts_ptr + pair, mask=mask_p, other=0.0).to(tl.float32)
-        if x_ptr is not None:
-            x = _load_rows(x_ptr, token, mask_p, offs_d, mask_d, D)
-            dW_enc += tl.sum(d_act[:, None] * x, axis=0)
-            db_enc += tl.sum(d_act, axis=0)
-        begin += BLOCK_P
+    """The sums plus what the pairs ``begin ... end - 1`` of the index add, BLOCK_P at a time.
+
+    With STAGES > 0 rows are on their way to shared memory that many iterations ahead.
+    """
+    if STAGES > 0:
+        for at in tl.range(begin, end, BLOCK_P, num_stages=STAGES):
+            dW_dec, dW_enc, db_enc = _add_some(
+                dW_dec, dW_enc, db_enc, at, end, pairs_ptr, acts_ptr, grad_ptr, scale, x_ptr, W_row, d_acts_ptr,
+                N, offs_d, mask_d, D, K, FIRST_K, BLOCK_P,
+            )  # fmt: skip
+    else:
+        while begin < end:
+            dW_dec, dW_enc, db_enc = _add_some(
+                dW_dec, dW_enc, db_enc, begin, end, pairs_ptr, acts_ptr, grad_ptr, scale, x_ptr, W_row, d_acts_ptr,
+                N, offs_d, mask_d, D, K, FIRST_K, BLOCK_P,
+            )  # fmt: skip
+            begin += BLOCK_P
     return dW_dec, dW_enc, db_enc
 
 
@@ -111,7 +134,7 @@ def _latent_grad_kernel(
     part_dec_ptr, part_enc_ptr, part_db_ptr,  # [C, D], [C, D], [C], of the chunks
     N, L,
     D: tl.constexpr, K: tl.constexpr, FIRST_K: tl.constexpr, CHUNKS: tl.constexpr,
-    BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     slab = tl.program_id(1)
@@ -144,7 +167,7 @@ def _latent_grad_kernel(
         scale = tl.load(scale_ptr)
     dW_dec, dW_enc, db_enc = add_pairs(
         dW_dec, dW_enc, db_enc, begin, end, pairs_ptr, acts_ptr, grad_ptr, scale, x_ptr, W_row, d_acts_ptr,
-        N, offs_d, mask_d, D, K, FIRST_K, BLOCK_P,
+        N, offs_d, mask_d, D, K, FIRST_K, BLOCK_P, STAGES,
     )  # fmt: skip
     if grad_ptr is not None:
         tl.store(dW_dec_ptr + row * D + offs_d, dW_dec, mask=mask_d, eviction_policy="evict_first")
@@ -213,7 +236,7 @@ def _launch(config, index, shape, given, outputs, partials, first_k, *, chunks: 
         _latent_grad_kernel[(count, triton.cdiv(D, config.BLOCK_D))](
             *index, *map(_contiguous, given), *outputs, *partials, N, L,
             D=D, K=K, FIRST_K=first_k or 0, CHUNKS=chunks,
-            BLOCK_P=config.BLOCK_P, BLOCK_D=config.BLOCK_D, num_warps=config.num_warps,
+            BLOCK_P=config.BLOCK_P, BLOCK_D=config.BLOCK_D, STAGES=config.STAGES, num_warps=config.num_warps,
         )  # fmt: skip
 
 

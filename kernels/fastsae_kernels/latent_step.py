@@ -39,7 +39,7 @@ def _latent_step_kernel(
     N, L, lr, beta1, beta2, eps, correction1, correction2,
     D: tl.constexpr, K: tl.constexpr, FIRST_K: tl.constexpr,
     RULE: tl.constexpr, ENC_UNIT_ROWS: tl.constexpr, DEC_UNIT_ROWS: tl.constexpr,
-    LATENTS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr,
+    LATENTS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     block = tl.program_id(0).to(tl.int64)
     offs_d = tl.arange(0, BLOCK_D)
@@ -65,7 +65,7 @@ def _latent_step_kernel(
         )
         dW_dec, dW_enc, db_enc = add_pairs(
             dW_dec, dW_enc, db_enc, begin, end, pairs_ptr, acts_ptr, grad_ptr, scale, x_ptr, W_used, None,
-            N, offs_d, mask_d, D, K, FIRST_K, BLOCK_P,
+            N, offs_d, mask_d, D, K, FIRST_K, BLOCK_P, STAGES,
         )  # fmt: skip
         if aux_row_ptr is not None:
             aux = tl.load(aux_row_ptr + latent).to(tl.int64)
@@ -176,7 +176,8 @@ def _fused(batch: Batch, coder: Coder, aux: AuxGrads | None, sink: RowStep) -> t
         d_bias, through, N, L, *scalars(sink.rule, sink.lr, sink.step),
         D=D, K=K, FIRST_K=batch.first_k, RULE=CODES[sink.rule.name],
         ENC_UNIT_ROWS=sink.encoder.unit_rows, DEC_UNIT_ROWS=sink.decoder.unit_rows,
-        LATENTS=config.LATENTS, BLOCK_P=config.BLOCK_P, BLOCK_D=config.BLOCK_D, num_warps=config.num_warps,
+        LATENTS=config.LATENTS, BLOCK_P=config.BLOCK_P, BLOCK_D=config.BLOCK_D, STAGES=config.STAGES,
+        num_warps=config.num_warps,
     )  # fmt: skip
     return d_bias, d_bias.new_zeros(()) if through is None else through.sum(0)
 

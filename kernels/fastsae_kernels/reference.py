@@ -36,8 +36,10 @@ def center(x: Tensor, b_dec: Tensor | None) -> Tensor:
     """``x - b_dec``, subtracted in the accumulator's dtype and rounded once to ``x.dtype``; [N, D]."""
     if b_dec is None:
         return x
-    acc = accumulator_dtype(x.dtype)
-    return (x.to(acc) - b_dec.to(acc)).to(x.dtype)
+    b_dec = b_dec.to(accumulator_dtype(x.dtype))
+    if torch.is_grad_enabled() and (x.requires_grad or b_dec.requires_grad):
+        return (x.to(b_dec.dtype) - b_dec).to(x.dtype)
+    return torch.sub(x, b_dec, out=torch.empty_like(x))  # the same without a wide copy of x
 
 
 def scores(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -52,6 +54,7 @@ def select(pre_acts: Tensor, k: int, activation: str = "topk") -> Tensor:
     ``topk``: the k largest, larger first, equal ones by smaller index, NaN above everything.
     ``groupmax``: the largest of each of k contiguous groups of L / k, in the groups' order.
     """
+    pre_acts = pre_acts.masked_fill(pre_acts.isnan(), torch.nan)  # CUDA's sort tells NaN of both signs apart
     if activation == "groupmax":
         groups = pre_acts.unflatten(-1, (k, -1))
         first = torch.arange(0, pre_acts.shape[-1], groups.shape[-1], device=pre_acts.device)

@@ -26,7 +26,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import configs
+from . import configs, reference
 from .groupmax import groupmax_select
 from .keys import kth_largest, pack_rank, rank_column, rank_key, relu_key
 
@@ -261,9 +261,8 @@ def _sort_scores(scores, bias, latent_mask, k, acts, indices) -> None:
     scores = (scores.float() if bias is None else scores.float() + bias).relu()
     if latent_mask is not None:
         scores = scores.masked_fill(~latent_mask, 0.0)
-    values, columns = scores.sort(dim=-1, descending=True, stable=True)
-    acts.copy_(values[:, :k])
-    indices.copy_(columns[:, :k])
+    indices.copy_(reference.select(scores, k))
+    acts.copy_(scores.gather(1, indices))
 
 
 def select_constexprs(k: int, config: configs.SelectConfig, *, has_bias: bool, has_mask: bool) -> dict:
