@@ -11,10 +11,9 @@ from torch import Tensor
 
 def total_variance(y: Tensor) -> Tensor:  # [N, D] -> []
     """Σ ‖y_n - mean(y)‖²: the denominator of FVU."""
-    if y.is_cuda:  # Σ ‖y‖² - ‖Σ y‖² / N in float64, without a wide copy of y
-        total = y.sum(0, dtype=torch.float64)
-        norm = torch.linalg.vector_norm(y, dtype=torch.float64)
-        return (norm.square() - total.square().sum() / len(y)).to(torch.promote_types(y.dtype, torch.float32))
+    if y.is_cuda:  # fewer passes over memory
+        wide = torch.promote_types(y.dtype, torch.float32)
+        return torch.linalg.vector_norm(y - y.mean(0, dtype=wide)).square()
     y = _wide(y)
     return (y - y.mean(0)).square().sum()
 

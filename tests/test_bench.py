@@ -275,7 +275,7 @@ def test_what_raises_differs_and_what_torch_lacks_is_skipped(problem, monkeypatc
     [
         (["--shapes", "S9"], "shapes: expected names (S1, S2, S3, C1, C2, tiny) or N,D,L,k split by ';', got 'S9'"),
         (["--implementation", "fast"], "implementation: expected some of auto, triton, cpu, reference, torch"),
-        (["--device", "cpu", "--implementation", "triton"], "implementation 'triton' expects a GPU"),
+        (["--device", "cpu", "--implementation", "triton"], "implementation 'triton' expects"),
         (["--device", "mps"], "device: expected cuda, cuda:N or cpu, got 'mps'"),
         (["--device", "cuda:99"], "GPUs that torch sees, got 'cuda:99'"),
         (["--json", "/nowhere/bench.json"], "json: expected a file in a folder that exists"),

@@ -53,7 +53,7 @@ def test_chunks_and_remainders_cover_each_latent(split, monkeypatch, device):
 
 
 def test_two_hot_latents(device):
-    top_indices = torch.tensor([[3, 1]], device=device).repeat(600, 1)
+    top_indices = torch.tensor([[3, 1]], device=device).repeat(2 * SPLIT + 5, 1)
     index = by_latent(top_indices, None, 5)
     assert index.chunk_latents.tolist() == [1, 1, 3, 3]
     assert index.chunk_offsets.tolist() == [0, 0, 2, 2, 4, 4]

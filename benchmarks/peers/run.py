@@ -36,7 +36,7 @@ CASES = {  # name: device, N, D, L, k, lr, steps, hookpoint of the embedded mode
     "tiny": ("cpu", 64, 32, 256, 4, 1e-3, 4, None),
     "S1": ("cuda", 8192, 768, 24576, 32, 2e-4, 60, None),
     "S2": ("cuda", 8192, 4096, 131072, 64, 1e-4, 20, None),
-    "S3": ("cuda", 16384, 4096, 65536, 128, 1e-4, 20, None),
+    "S3": ("cuda", 16384, 2048, 65536, 64, 1e-4, 20, None),
 }
 
 

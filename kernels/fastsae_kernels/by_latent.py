@@ -16,8 +16,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-SPLIT = 256
-MAX_CHUNKS = 2048
+SPLIT = 64
+MAX_CHUNKS = 8192
 
 
 class LatentIndex(NamedTuple):

@@ -138,7 +138,7 @@ _ENCODE_16_BIT = {
     "sm_80": EncodeConfig(128, 256, 32, GROUP=8, STRIDE=32, num_warps=8, num_stages=3),
     "sm_89": EncodeConfig(128, 128, 32, GROUP=8, STRIDE=16, num_warps=4, num_stages=3),
     "sm_90": EncodeConfig(
-        128, 256, 64, GROUP=16, STRIDE=8, num_warps=8, num_stages=3, descriptors=True, persistent=True
+        128, 256, 64, GROUP=16, STRIDE=8, num_warps=8, num_stages=3, descriptors=True, SWIZZLE_N=16, persistent=True
     ),
     "sm_100": EncodeConfig(128, 256, 64, GROUP=16, STRIDE=8, num_warps=8, num_stages=4, descriptors=True),
     "gfx942": EncodeConfig(128, 128, 64, GROUP=16, STRIDE=8, num_warps=8, num_stages=2),
@@ -175,7 +175,11 @@ def default_groupmax(dtype: torch.dtype, family: str) -> EncodeConfig:
 def encode_candidates(D: int, L: int, dtype: torch.dtype, family: str) -> list[EncodeConfig]:
     """What autotuning tries besides the default."""
     default = default_encode(D, L, dtype, family)
-    found = [default, replace(default, SWIZZLE_N=16), replace(default, num_stages=default.num_stages + 1)]
+    found = [
+        default,
+        replace(default, SWIZZLE_N=24 - default.SWIZZLE_N),
+        replace(default, num_stages=default.num_stages + 1),
+    ]
     if default.num_stages > 2:
         found.append(replace(default, num_stages=default.num_stages - 1))
     if default.descriptors:
@@ -205,9 +209,9 @@ def default_select(L: int, k: int, family: str) -> SelectConfig:
     """
     if family == "interpreter":
         return SelectConfig(max(16, triton.next_power_of_2(triton.cdiv(L, 4))), num_warps=1)
-    lanes = min(2048, max(512, triton.next_power_of_2(triton.cdiv(L, 16))))
+    lanes = min(4096, max(512, triton.next_power_of_2(triton.cdiv(L, 16))))
     lanes = max(lanes, min(4096, triton.next_power_of_2(4 * k)))
-    return SelectConfig(lanes, num_warps=4 if k <= 256 else 8)
+    return SelectConfig(lanes, num_warps=2 if lanes <= 2048 and k <= 64 else 4 if k <= 256 else 8)
 
 
 # ---- decoding and the backward pass ----------------------------------------------------------------------
@@ -257,7 +261,9 @@ def latent_grad_config(D: int, itemsize: int) -> LatentGradConfig:
     """The whole row in registers up to 8192 columns; beyond, slabs of 4096. Wide float32 rows come one at a time."""
     BLOCK_D = max(16, triton.next_power_of_2(D))
     if BLOCK_D <= 1024:
-        return LatentGradConfig(1024 // BLOCK_D, BLOCK_D, num_warps=1)
+        return LatentGradConfig(1024 // BLOCK_D, BLOCK_D, num_warps=1, STAGES=0 if interpreting() else 3)
+    if itemsize == 2 and BLOCK_D in (2048, 4096) and not interpreting():
+        return LatentGradConfig(1, BLOCK_D, num_warps=BLOCK_D // 512, STAGES=3)
     BLOCK_P = 1 if itemsize == 4 else 2
     if BLOCK_D == 2048:
         return LatentGradConfig(BLOCK_P, BLOCK_D, num_warps=4)
@@ -294,7 +300,8 @@ class LatentStepConfig:
 def latent_step_config(D: int, family: str) -> LatentStepConfig:
     """Few registers a thread, so that two rows or more share a multiprocessor; pairs of wide rows come one by one."""
     BLOCK_D = max(16, triton.next_power_of_2(D))
-    warps = BLOCK_D // 512
-    if family == "gfx942":
-        warps //= 2
-    return LatentStepConfig(16, max(1, 2048 // BLOCK_D), BLOCK_D, num_warps=max(1, warps))
+    warps = max(1, BLOCK_D // (1024 if family == "gfx942" else 512))
+    stages = 0 if interpreting() or BLOCK_D > 2048 else 2  # wider rows leave no registers for it
+    if BLOCK_D <= 1024:
+        return LatentStepConfig(4, 1024 // BLOCK_D, BLOCK_D, warps, stages)
+    return LatentStepConfig(16, 2 if BLOCK_D == 2048 else 1, BLOCK_D, warps, stages)
