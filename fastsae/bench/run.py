@@ -69,7 +69,7 @@ def bench(cfg: BenchConfig) -> int:
     shapes, implementations = cfg.shapes_for(device.type), _implementations(cfg, device)
     json_path = _json_path(cfg.json)
     if device.type == "cuda":
-        torch.cuda.set_device(device)
+        torch.cuda.set_device(device.index or 0)
     notes = Console(stderr=True)
     console = notes if cfg.json == "-" else Console()
 
