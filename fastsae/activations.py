@@ -6,7 +6,9 @@ Shapes: B sequences, S tokens each, N tokens that count, D width in, E width out
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
 from typing import cast
 
 import torch
@@ -15,10 +17,13 @@ from transformers import PreTrainedModel
 
 from .batches import ModelBatch, counted, prepare
 from .errors import ArtifactError, FastsaeError, HookpointError, OutOfMemoryError, is_out_of_memory
-from .hooks import Hookpoint, run_hooked
+from .hooks import Hookpoint, run_hooked, run_replaced
 
 Use = Callable[[str, Tensor, Tensor], None]
 """Called as ``use(hookpoint, x [N, D], y [N, E])``, once per module call; for an autoencoder both are y."""
+
+Graft = Callable[[str, Tensor, Tensor], Tensor]
+"""Called as :data:`Use`; what the module gives instead, [N, E]."""
 
 
 class ActivationSource(ABC):
@@ -66,7 +71,7 @@ class ModelPass(ActivationSource):
 
     def run(self, rows: dict[str, Tensor], use: Use, *, at: str, empty: bool = False) -> int:
         """``rows`` are ``input_ids [B, S]``, on the CPU."""
-        batch = prepare(rows, self._excluded, self._vocabulary, self.model.device)
+        batch = self.prepare(rows)
         calls = {name: hookpoint.calls for name, hookpoint in self.hookpoints.items()}
         silent = set(calls)
         using: list[str] = []
@@ -79,17 +84,35 @@ class ModelPass(ActivationSource):
                 use(name, x, y)
             using.pop()
 
-        try:
+        with _named_errors(batch.ids, at, using):
             run_hooked(self.model, batch.ids, calls, callback, batch.attention_mask)
-        except FastsaeError:
-            raise
-        except Exception as error:
-            if using:  # not the model's
-                raise
-            raise _model_error(error, batch.ids, at) from error
         if silent:
             raise HookpointError(f"{min(silent)}, {at}: expected a float tensor from the model's forward, got none")
         return batch.tokens
+
+    def prepare(self, rows: dict[str, Tensor]) -> ModelBatch:
+        """``rows`` on the model's device, with the tokens that count."""
+        return prepare(rows, self._excluded, self._vocabulary, self.model.device)
+
+    def logits(self, batch: ModelBatch, graft: Graft | None = None, *, at: str, gradients: bool = False) -> Tensor:
+        """The logits [B, S, V] of a model with an LM head; ``graft`` says what hookpoints give at tokens that count.
+
+        It is asked where there are none, too: ranks must take the same steps. Elsewhere modules give what they gave.
+        ``gradients``: of what ``graft`` brings; never of the model's parameters.
+        """
+        using: list[str] = []
+
+        def replacement(name: str, inputs: Tensor | None, output: Tensor) -> Tensor:
+            using.append(name)
+            x, y = self._tokens(name, batch, inputs, output, at)
+            assert graft is not None
+            output = _put_back(batch, graft(name, x, y).to(output.dtype), output)
+            using.pop()
+            return output
+
+        replacements = {name: partial(replacement, name) for name in self.hookpoints} if graft is not None else {}
+        with _named_errors(batch.ids, at, using):
+            return run_replaced(self.model, batch.ids, replacements, batch.attention_mask, gradients=gradients)
 
     def _tokens(
         self, name: str, batch: ModelBatch, inputs: Tensor | None, output: Tensor, at: str
@@ -121,6 +144,28 @@ class ModelPass(ActivationSource):
     def _check_width(name: str, activations: Tensor, width: int | None, at: str) -> None:
         if activations.shape[-1] != width:
             raise HookpointError(f"{name}, {at}: expected activations of width {width}, got {list(activations.shape)}")
+
+
+def _put_back(batch: ModelBatch, new: Tensor, output: Tensor) -> Tensor:  # [N, D], [..., D] -> [..., D]
+    """``output`` with its tokens that count replaced."""
+    if batch.positions is None:
+        return new.view_as(output)
+    if not batch.tokens:
+        return output
+    return output.flatten(0, -2).index_copy(0, batch.positions, new).view_as(output)
+
+
+@contextmanager
+def _named_errors(ids: Tensor, at: str, using: list[str]) -> Iterator[None]:
+    """What the model raises, and not whoever is ``using`` its activations, says where and on what."""
+    try:
+        yield
+    except FastsaeError:
+        raise
+    except Exception as error:
+        if using:
+            raise
+        raise _model_error(error, ids, at) from error
 
 
 def _model_error(error: Exception, ids: Tensor, at: str) -> FastsaeError:

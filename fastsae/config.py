@@ -121,6 +121,9 @@ class TrainConfig:
     micro_acc_steps: int = 1
     """Chunks that the activations of a batch are trained in, to save memory."""
 
+    loss_fn: Literal["fvu", "ce", "kl"] = "fvu"
+    """What is lowered: fvu, or of the model with coders in it the cross-entropy (ce) or KL from that without (kl)."""
+
     optimizer: Literal["adam", "adam8bit", "signum", "bnb_adam8bit"] = "adam"
     """The optimizer; adam8bit keeps its moments in 8 bits, signum is schedule-free and has no warm-up."""
 
@@ -229,6 +232,8 @@ class TrainConfig:
         require(len(set(self.init_seeds)) == len(self.init_seeds) > 0, "init_seeds", "distinct seeds", self.init_seeds)
         if self.distribute_latents > 1:
             self._check_latent_slices()
+        if self.loss_fn != "fvu":
+            self._check_end_to_end()
         if self.shuffle_tokens is not None and self.activations is None:
             raise ConfigError(
                 "shuffle_tokens: expected --activations FOLDER with it, got none: single tokens can be shuffled in a "
@@ -247,8 +252,29 @@ class TrainConfig:
         if self.optimizer == "bnb_adam8bit":
             raise ConfigError("distribute_latents: expected another optimizer, got bnb_adam8bit; use adam8bit")
 
+    def _check_end_to_end(self) -> None:
+        for name, plain, way_out in (
+            ("micro_acc_steps", 1, "lower batch_size and raise grad_acc_steps"),
+            ("distribute_modules", False, "start replicas (torchrun without it)"),
+            ("distribute_latents", 1, "start replicas (torchrun without it)"),
+            ("init_seeds", self.init_seeds[:1], "train them in runs of their own: one coder is grafted per hookpoint"),
+        ):
+            if getattr(self, name) != plain:
+                came = f"{getattr(self, name)!r} and {self.loss_fn}"
+                raise ConfigError(f"{name}: expected {plain!r}, or loss_fn fvu, got {came}; {way_out}")
+        check_end_to_end(self.sae, self.loss_fn)
+
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
+
+
+def check_end_to_end(sae: SaeConfig, loss_fn: str) -> None:
+    """Raise :class:`ConfigError` for coders that the model's own losses do not train."""
+    for name, plain in (("multi_topk", False), ("matryoshka_widths", ())):
+        if getattr(sae, name) != plain:
+            raise ConfigError(f"{name}: expected loss_fn fvu, whose parts these are, got {loss_fn}; drop one of them")
+    if sae.activation == "batchtopk":
+        raise ConfigError(f"activation: expected topk or groupmax with {loss_fn}, got batchtopk; or use loss_fn fvu")
 
 
 @dataclass(frozen=True)

@@ -159,12 +159,15 @@ def run_replaced(
     input_ids: Tensor,  # [B, S], int64
     replacements: Mapping[str, Replacement],
     attention_mask: Tensor | None = None,  # [B, S]
+    *,
+    gradients: bool = False,
 ) -> Tensor:  # [B, S, V]
     """The logits of a model with an LM head, where each named module's output is what its replacement returns.
 
     Only the tensor that :func:`run_hooked` shows is replaced: what else a module returns (attention weights, a
-    cache) passes through, so that ``lambda x, y: y`` changes nothing. Eval mode, no gradients, no KV cache; the
-    model is left as it was found, also after an exception.
+    cache) passes through, so that ``lambda x, y: y`` changes nothing. Eval mode, no KV cache, and no gradients but
+    with ``gradients`` those of what the replacements bring, never of the model's own parameters; the model is left as
+    it was found, also after an exception.
     """
 
     def make_hook(replace: Replacement):
@@ -177,7 +180,7 @@ def run_replaced(
         return hook
 
     hooks = {name: make_hook(replace) for name, replace in replacements.items()}
-    with _hooked(hooks, model.base_model), _eval_mode(model), torch.no_grad():
+    with _hooked(hooks, model.base_model), _eval_mode(model), _frozen(model), torch.set_grad_enabled(gradients):
         return model(input_ids=input_ids, **_forward_options(model, attention_mask)).logits
 
 
@@ -232,3 +235,15 @@ def _eval_mode(model: nn.Module) -> Iterator[None]:
     finally:
         for module in training:
             module.training = True
+
+
+@contextmanager
+def _frozen(model: nn.Module) -> Iterator[None]:
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for parameter in trained:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in trained:
+            parameter.requires_grad_(True)

@@ -18,7 +18,7 @@ from .config import TrainConfig
 from .errors import OutOfMemoryError, is_out_of_memory
 from .ops import Block, Coder, GradSink, Loss
 from .row_optimizer import RowOptimizer
-from .sae import FastSae
+from .sae import FastSae, ForwardOutput
 
 
 class StepLosses(NamedTuple):
@@ -112,21 +112,29 @@ def _tensors(coder: FastSae, optimizer: RowOptimizer | None) -> Coder:
 def _autograd_step(
     coder: FastSae, x: Tensor, y: Tensor, variance: Tensor, cfg: TrainConfig, dead: Tensor | None, share: float
 ) -> StepLosses:
-    mask = None
-    if dead is not None:
-        mask = torch.zeros(coder.num_latents, dtype=torch.bool, device=x.device).index_fill_(0, dead, True)
     with torch.enable_grad():
-        out = coder(x, y, dead_mask=mask, total_variance=variance)
+        out = coder(x, y, dead_mask=latent_mask(dead, coder.num_latents), total_variance=variance)
         total = out.fvu + cfg.auxk_alpha * out.auxk_loss + out.multi_topk_fvu / 8
         parameters = list(coder.parameters())
         grads = torch.autograd.grad(total * share, parameters)  # all or none: .grad is not half summed without memory
     for parameter, grad in zip(parameters, grads, strict=True):
         _grad(parameter).add_(grad)
-    fired = torch.zeros(coder.num_latents, dtype=torch.uint8, device=x.device)
-    active = (out.latent_acts.detach() > 0).to(torch.uint8).flatten()
-    fired.scatter_reduce_(0, out.latent_indices.flatten(), active, "amax")
     losses = (out.fvu.detach(), out.auxk_loss.detach(), out.multi_topk_fvu.detach())
-    return StepLosses(*losses, fired.bool())
+    return StepLosses(*losses, fired_latents(out, coder.num_latents))
+
+
+def fired_latents(out: ForwardOutput, num_latents: int) -> Tensor:  # bool [L]
+    """The latents that are active for any token of a forward."""
+    fired = torch.zeros(num_latents, dtype=torch.uint8, device=out.latent_indices.device)
+    active = (out.latent_acts.detach() > 0).to(torch.uint8).flatten()
+    return fired.scatter_reduce_(0, out.latent_indices.flatten(), active, "amax").bool()
+
+
+def latent_mask(latents: Tensor | None, num_latents: int) -> Tensor | None:  # [R] -> bool [L]
+    """True at ``latents``; None where they are."""
+    if latents is None:
+        return None
+    return torch.zeros(num_latents, dtype=torch.bool, device=latents.device).index_fill_(0, latents, True)
 
 
 def _grad(parameter: Tensor) -> Tensor:

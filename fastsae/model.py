@@ -90,7 +90,7 @@ def load_language_model(name: str, run: RunConfig) -> PreTrainedModel:
     if missing := sorted(info["missing_keys"]):
         raise ArtifactError(
             f"model: expected {name!r} with its LM head, got one without {missing[0]}, which would be random; "
-            "save the whole model (AutoModelForCausalLM), or leave the losses out with --ce off"
+            "save the whole model (AutoModelForCausalLM), or leave its losses out (eval --ce off, train --loss-fn fvu)"
         )
     return _placed(model, device, run)
 

@@ -73,18 +73,20 @@ def newest_whole(run: Path) -> int | None:
     return None
 
 
-def save_if_best(run: Path, name: str, fvu: float, step: int, save: Callable[[Path], Any]) -> bool:
-    """Let ``save`` write the coder into ``best/NAME`` where ``fvu`` is lower than any before; whether it is."""
+def save_if_best(
+    run: Path, name: str, value: float, step: int, save: Callable[[Path], Any], *, measure: str = "fvu"
+) -> bool:
+    """Let ``save`` write the coder into ``best/NAME`` where ``value`` is lower than any before; whether it is."""
     best = best_so_far(run)
-    if not math.isfinite(fvu) or (name in best and fvu >= best[name]["fvu"]):
+    if not math.isfinite(value) or (name in best and value >= best[name][measure]):
         return False
     save(run / BEST / check_name(name))
-    write_json(run / BEST / BEST_FILE, {**best, name: {"fvu": fvu, "step": step}})
+    write_json(run / BEST / BEST_FILE, {**best, name: {measure: value, "step": step}})
     return True
 
 
 def best_so_far(run: Path) -> dict[str, dict[str, Any]]:
-    """``{"fvu": ..., "step": ...}`` by coder."""
+    """``{"fvu": ..., "step": ...}`` by coder, end to end with the model's ``loss`` in FVU's place."""
     try:
         return json.loads((run / BEST / BEST_FILE).read_text(encoding="utf-8"))
     except FileNotFoundError:

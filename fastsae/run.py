@@ -18,7 +18,7 @@ from .activation_cache.training import training_data
 from .config import SaeConfig, TrainConfig
 from .data import load_tokens
 from .distributed.world import World, joined, local_device
-from .model import load_model, load_tokenizer, resolve_device, resolve_dtype
+from .model import load_language_model, load_model, load_tokenizer, resolve_device, resolve_dtype
 from .ops import resolve
 from .options import build
 from .overrides import parse_override
@@ -80,7 +80,8 @@ def make_trainer(
         rows, source = training_data(cache, cfg, device=device, dtype=dtype)
         return Trainer(cfg, rows, source, origin=origin, world=world)
     with world.one_first():
-        model = load_model(model_name, dataclasses.replace(run, device=device))
+        load = load_model if cfg.loss_fn == "fvu" else load_language_model
+        model = load(model_name, dataclasses.replace(run, device=device))
     with world.one_first():
         dataset = load_tokens(dataset_name, run, lambda: load_tokenizer(model_name, run), model.config)
     return Trainer(cfg, dataset, model, origin=origin, world=world)

@@ -132,11 +132,12 @@ class FastSae(nn.Module):
         *,
         dead_mask: Tensor | None = None,
         total_variance: Tensor | None = None,
+        k: int | None = None,
     ) -> ForwardOutput:
         """Reconstruct ``y`` (by default x itself) from ``x [..., D]``, with the losses.
 
         ``dead_mask`` bool [L] turns AuxK on; ``total_variance`` is FVU's denominator where x is only a part
-        of a batch.
+        of a batch; ``k`` is the number of active latents, by default the config's.
         """
         self._check_width("x", x)
         if y is not None and y.shape != x.shape:
@@ -144,7 +145,7 @@ class FastSae(nn.Module):
         shape, x = x.shape[:-1], x.reshape(-1, self.d_in)
         y = x if y is None else y.reshape(-1, self.d_in)
         variance = loss.total_variance(y) if total_variance is None else total_variance
-        k = self.cfg.k
+        k = k or self.cfg.k
 
         wide_k = 4 * k if self.cfg.multi_topk and self.cfg.activation == "topk" else k
         wide_acts, wide_indices, _ = self._encode(x, wide_k)
@@ -158,7 +159,7 @@ class FastSae(nn.Module):
 
         auxk_loss = multi_topk_fvu = sae_out.new_zeros(())
         if dead_mask is not None:
-            auxk_loss = self._auxk(x, residual, dead_mask, variance)
+            auxk_loss = self.auxk_loss(x, residual, dead_mask, variance)
         if self.cfg.multi_topk:
             if self.cfg.activation != "topk":
                 wide_acts, wide_indices, _ = self._encode(x, 4 * k, activation="topk")
@@ -204,7 +205,8 @@ class FastSae(nn.Module):
             raise CheckpointError("expected a decoder to decode with, but this coder was loaded with decoder=False")
         return ops.sparse_decode(top_acts, top_indices, self.W_dec, implementation=self.implementation)
 
-    def _auxk(self, x: Tensor, residual: Tensor, dead_mask: Tensor, variance: Tensor) -> Tensor:
+    def auxk_loss(self, x: Tensor, residual: Tensor, dead_mask: Tensor, variance: Tensor) -> Tensor:
+        """AuxK of rows x [N, D]: what the latents of ``dead_mask`` make of ``residual`` y - ŷ [N, D]; a scalar."""
         k_aux = max(1, self.d_in // 2)
         width = min(k_aux, self.num_latents)
         acts, indices, _ = self._encode(x, width, activation="topk", latent_mask=dead_mask)

@@ -32,6 +32,8 @@ def keep_checkpoint(run: Path, names: Iterable[str], step: int, count: int) -> N
 
 
 def keep_best(run: Path, step: int, held_out: dict[str, dict[str, float]]) -> None:
-    """Copy those saved coders into ``run/best/NAME`` whose held-out FVU is lower than ever before."""
+    """Copy those saved coders into ``run/best/NAME`` whose held-out FVU (or end to end, loss) is the lowest yet."""
     for name, measured in held_out.items():
-        save_if_best(run, name, measured["fvu"], step, lambda folder, name=name: copy_coder(run / name, folder))
+        key = "loss" if "loss" in measured else "fvu"
+        save = lambda folder, name=name: copy_coder(run / name, folder)  # noqa: E731
+        save_if_best(run, name, measured[key], step, save, measure=key)

@@ -23,6 +23,7 @@ from .coders import activation_size, coder_specs, find_hookpoints, init_biases, 
 from .config import TrainConfig
 from .distributed.strategies import make_strategy
 from .distributed.world import World, current
+from .end_to_end import EndToEnd
 from .errors import ArtifactError, ConfigError
 from .metrics import TrainingMetrics, held_out_metrics
 from .micro_batches import MicroBatches
@@ -30,6 +31,7 @@ from .optim import active_latents, apply_gradients, learning_rates, make_optimiz
 from .pretrained import load_pretrained, warn_of_other_size
 from .row_optimizer import RowOptimizer
 from .rows import Batches, split_held_out
+from .sae import FastSae
 from .trainer_state import check_same_coders, load_into, state_of
 
 
@@ -60,6 +62,13 @@ class StepTrainer:
         self.coders = make_coders(own, device, lambda width, sae: self._strategy.make(width, sae, cfg.implementation))
         self._finetuned = {} if cfg.finetune is None else load_pretrained(self.coders, cfg.finetune, self._model_name())
         self.metrics = {name: TrainingMetrics(name, coder) for name, coder in self.coders.items()}
+        self.end_to_end = None
+        if cfg.loss_fn != "fvu":
+            if not isinstance(self.source, ModelPass):
+                raise ConfigError(
+                    f"loss_fn: expected fvu on cached activations, got {cfg.loss_fn}, of a model that runs"
+                )
+            self.end_to_end = EndToEnd(cfg, self.source, self.coders, self.metrics, self._strategy)
         low_dtype = self.source.dtype if device.type == "cuda" and self.source.dtype != torch.float32 else None
         self.optimizer = make_optimizer(cfg, self.coders.values(), low_dtype)
         self.schedule = make_schedule(cfg, self.optimizer, self.total_steps)
@@ -82,8 +91,12 @@ class StepTrainer:
             self._train_hookpoint(hookpoint, x, y, share)
 
         for rows, count in zip(batches, counts, strict=True):
-            if count:
+            if count and self.end_to_end is None:
                 self._run(rows, train, at=f"step {self.step + 1}")
+            elif count and self.end_to_end is not None:
+                if self.hookpoints.keys() - self._activation_sizes.keys():
+                    self._run(rows, self._meet, at=f"step {self.step + 1}")  # as the model is, without coders in it
+                self.end_to_end.train(rows, share, self.step)
         self._strategy.reduce(self.coders, self.metrics)
         for metrics in self.metrics.values():
             metrics.watch(self.step + 1)
@@ -110,17 +123,9 @@ class StepTrainer:
         return self._strategy.tokens([self.source.count(rows) for rows in batches], signal)
 
     def _train_hookpoint(self, hookpoint: str, x: Tensor, y: Tensor, share: float) -> None:
-        if hookpoint not in self._activation_sizes:
-            self._activation_sizes[hookpoint] = activation_size(y, self._strategy.mean_of)
+        self._meet(hookpoint, x, y)
         variance, count = self._strategy.variance(y)
-        for name, coder in self.coders.items():
-            if name.partition("/")[0] != hookpoint:
-                continue
-            if name in self._finetuned:
-                warn_of_other_size(name, self._finetuned.pop(name), self._activation_sizes[hookpoint])
-            if name not in self._initialised:
-                init_biases(coder, x, y, self._strategy.mean_of)
-                self._initialised.add(name)
+        for name, coder in self._coders_at(hookpoint).items():
             optimizer = self.optimizer if isinstance(self.optimizer, RowOptimizer) else None
             with self.metrics[name].stopwatch:
                 self.micro_batches.train(
@@ -129,6 +134,20 @@ class StepTrainer:
                     step=self.step,
                 )  # fmt: skip
             self.metrics[name].watch(self.step + 1, variance)
+
+    def _meet(self, hookpoint: str, x: Tensor, y: Tensor) -> None:
+        """What a hookpoint's first activations are for: their size, and the biases of new coders."""
+        if hookpoint not in self._activation_sizes:
+            self._activation_sizes[hookpoint] = activation_size(y, self._strategy.mean_of)
+        for name, coder in self._coders_at(hookpoint).items():
+            if name in self._finetuned:
+                warn_of_other_size(name, self._finetuned.pop(name), self._activation_sizes[hookpoint])
+            if name not in self._initialised:
+                init_biases(coder, x, y, self._strategy.mean_of)
+                self._initialised.add(name)
+
+    def _coders_at(self, hookpoint: str) -> dict[str, FastSae]:
+        return {name: coder for name, coder in self.coders.items() if name.partition("/")[0] == hookpoint}
 
     def _in_place(self) -> bool:
         """Whether matrices can take their step inside the backward pass: nothing else needs their gradients."""
@@ -142,6 +161,8 @@ class StepTrainer:
         per_coder = self._strategy.gather({name: metrics.read(threshold) for name, metrics in self.metrics.items()})
         rates = self._strategy.gather({str(self.world.rank): self._lr})
         values["fvu"] = sum(v["fvu"] for v in per_coder.values()) / len(per_coder)
+        if self.end_to_end is not None:
+            values["loss"] = self.end_to_end.read()
         values["lr"], values["tokens"] = max(rates.values()), self.tokens
         for name, coder_values in per_coder.items():
             values.update({f"{key}/{name}": value for key, value in coder_values.items()})
@@ -154,12 +175,17 @@ class StepTrainer:
         return nullcontext()
 
     def held_out_metrics(self) -> dict[str, dict[str, float]]:
-        """FVU and L0 of every coder on the held-out sequences."""
-        self.held_out_rows.load_state_dict(self._held_out_start)
+        """FVU and L0 of every coder on the held-out sequences, and end to end the model's ``loss``."""
         with self.evaluation_weights():
-            batches = Batches(self.held_out_rows, self._batches.batch_size, part=self.world.part)
-            own = held_out_metrics(self.coders, batches, self._measure, self._strategy.all_sum)
+            own = held_out_metrics(self.coders, self._held_out(), self._measure, self._strategy.all_sum)
+            if self.end_to_end is not None:
+                loss = self.end_to_end.measure(self._held_out())
+                own = {name: {**measured, "loss": loss} for name, measured in own.items()}
         return self._strategy.gather(own)
+
+    def _held_out(self) -> Batches:
+        self.held_out_rows.load_state_dict(self._held_out_start)
+        return Batches(self.held_out_rows, self._batches.batch_size, part=self.world.part)
 
     def _measure(self, rows: dict[str, Tensor], use: Use) -> None:
         if self.count_tokens([rows])[0][0]:
@@ -177,6 +203,7 @@ class StepTrainer:
             "initialised": sorted(self._initialised),
             "activation_sizes": self._activation_sizes,
             "data": self._cursor(),
+            **({} if self.end_to_end is None else {"end_to_end": self.end_to_end.state_dict()}),
             **state_of(self.coders, self.metrics, self.optimizer, self.schedule),
         }
 
@@ -190,6 +217,8 @@ class StepTrainer:
         self._batches.rows.load_state_dict(state["data"])
         self._cursor = self._batches.rows.snapshot()
         threshold = self.cfg.dead_feature_threshold
+        if self.end_to_end is not None:
+            self.end_to_end.load_state_dict(state["end_to_end"])
         load_into(self.coders, self.metrics, self.optimizer, self.schedule, parts, threshold)
         self.step, self.tokens, self._seconds = state["step"], state["tokens"], state["seconds"]
         self.micro_batches = MicroBatches(max(self.cfg.micro_acc_steps, *(part["micro_batches"] for part in parts)))

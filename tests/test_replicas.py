@@ -12,11 +12,12 @@ from test_spread import launch_worker
 from fastsae.distributed.world import World
 
 
-def test_replicas_equal_a_single_process_on_the_joined_batches(tmp_path):
-    launch_worker("replicas_worker.py", 3, str(tmp_path))
+@pytest.mark.parametrize("loss_fn", ["fvu", "ce", "kl"])
+def test_replicas_equal_a_single_process_on_the_joined_batches(tmp_path, loss_fn):
+    launch_worker("replicas_worker.py", 3, str(tmp_path), loss_fn)
     ranks = [json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in range(3)]
     assert ranks[0] == ranks[1] == ranks[2]  # to the bit
-    one = train(tmp_path / "one", World())
+    one = train(tmp_path / "one", World(), loss_fn)
     assert ranks[0]["tokens"] == one.tokens
     assert ranks[0]["held_out"] == pytest.approx(one.held_out_metrics()["h.1"], rel=1e-4)
     for name, value in one.coders["h.1"].state_dict().items():

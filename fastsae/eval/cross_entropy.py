@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..error_sums import per_sequence
 from ..hooks import Replacement
+from ..model_loss import divergences, log_probabilities, next_token_losses, predictions
 from ..sae import FastSae
 from ..saved import coder_input
 from .estimate import ratio
@@ -46,14 +47,13 @@ class LossSums:
         A loss counts where both the token that predicts and the one predicted are real, a divergence at every
         real token. One sequence at a time, in float32: [S, V] is the largest thing made.
         """
-        losses, divergences = [], []
+        losses, moved = [], []
         for ours, theirs, ids in zip(logits, clean, input_ids, strict=True):
-            log_p = ours.float().log_softmax(-1)
-            losses.append(-log_p[:-1].gather(1, ids[1:, None])[:, 0])
-            log_q = theirs.float().log_softmax(-1)
-            divergences.append((log_q.exp() * (log_q - log_p)).sum(-1))
-        both = None if attended is None else attended[:, 1:] & attended[:, :-1]
-        loss, divergence = torch.stack(losses), torch.stack(divergences)
+            log_p = log_probabilities(ours)
+            losses.append(next_token_losses(log_p, ids))
+            moved.append(divergences(log_probabilities(theirs), log_p))
+        both = None if attended is None else predictions(attended)
+        loss, divergence = torch.stack(losses), torch.stack(moved)
         self._sums.append(
             torch.stack(
                 [

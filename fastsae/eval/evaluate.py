@@ -14,8 +14,9 @@ from rich.progress import Progress
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ..errors import ArtifactError, CheckpointError, ConfigError, HookpointError
+from ..errors import ArtifactError, CheckpointError, HookpointError
 from ..hooks import run_hooked, run_replaced
+from ..model_loss import check_has_head
 from ..progress import console
 from ..sae import FastSae
 from ..saved import check_origin, check_places, coder_input
@@ -79,11 +80,8 @@ class _Evaluator:
         self.subjects, self.model, self.tokens, self.cfg, self.model_name = subjects, model, tokens, cfg, name
         if len(tokens) == 0:
             raise ArtifactError("dataset: expected at least one sequence to evaluate on, got none")
-        if cfg.ce and model.get_output_embeddings() is None:
-            raise ConfigError(
-                f"ce: expected a model with an LM head, got {type(model).__name__}; load it with "
-                "AutoModelForCausalLM (fastsae.load_language_model), or turn ce off"
-            )
+        if cfg.ce:
+            check_has_head(model, "ce", "turn ce off")
         self.calls = self._check()
         groups: dict[tuple[str, str], dict[str, FastSae]] = defaultdict(dict)
         for subject in subjects:

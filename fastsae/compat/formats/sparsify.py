@@ -85,8 +85,8 @@ def fit_native(coder: Coder) -> tuple[Coder, list[str]]:
 
 
 def is_batch_topk(coder: Coder) -> bool:
-    """Whether it is what BatchTopK computes at inference: one threshold, not negative, and a known mean k."""
-    if coder.threshold is None or coder.k is None or coder.d_in != coder.d_out:
+    """Whether it is what BatchTopK computes at inference: one threshold for all latents, not negative."""
+    if coder.threshold is None or coder.d_in != coder.d_out:
         return False
     return bool((coder.threshold == coder.threshold[0]).all() and coder.threshold[0] >= 0)
 
@@ -107,7 +107,7 @@ def to_parts(coder: Coder) -> tuple[SaeConfig, dict[str, Tensor], dict[str, Any]
         {
             **training,
             "activation": coder.activation if coder.threshold is None else "batchtopk",
-            "k": coder.k,
+            "k": coder.k or min(SaeConfig.k, coder.num_latents),  # unknown: a threshold alone decides at inference
             "num_latents": coder.num_latents,
             "skip_connection": coder.W_skip is not None,
             "transcode": coder.transcode,
