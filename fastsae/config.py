@@ -37,14 +37,14 @@ class SaeConfig:
     multi_topk: bool = False
     """Add the Multi-TopK loss: 1/8 of the FVU reached with 4k latents."""
 
-    matryoshka_widths: tuple[int, ...] = ()
-    """Numbers of first latents that each reconstruct by themselves, beside all (Matryoshka); the loss is the mean."""
-
     skip_connection: bool = False
     """Add a linear map from the input to the output."""
 
     transcode: bool = False
     """Predict a module's output from its input, instead of reconstructing its output."""
+
+    matryoshka_widths: tuple[int, ...] = ()
+    """Numbers of first latents that each reconstruct by themselves, beside all (Matryoshka); the loss is the mean."""
 
     def __post_init__(self) -> None:
         if isinstance(self.matryoshka_widths, list):

@@ -141,7 +141,7 @@ def test_latents_nobody_picked_get_exactly_zero(device):
 
 def test_all_tokens_on_one_latent(device):
     step = make_step((300, 24, 4, 1), device, top_indices=torch.full((300, 1), 2))
-    assert len(by_latent(step.top_indices, None, 4).chunk_latents) == 1  # split: a full chunk and a remainder
+    assert len(by_latent(step.top_indices, None, 4).chunk_latents) == 4  # split: full chunks and a remainder
     assert_grads(backward(step), step)
 
 
