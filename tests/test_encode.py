@@ -256,6 +256,17 @@ def test_other_groups_give_the_same(GROUP, STRIDE, device, monkeypatch):
     assert used
 
 
+def test_few_programs_take_all_tiles(device, monkeypatch):
+    """A persistent product: fewer programs than tiles, and a number of tiles that they do not divide."""
+    tile = configs.EncodeConfig(16, 16, 16, 4, 4, num_warps=4, num_stages=1, persistent=True)
+    programs = []
+    monkeypatch.setattr(configs, "default_encode", lambda *_: tile)
+    monkeypatch.setattr(configs, "multiprocessors", lambda _: programs.append(4) or 4)
+    for seed, k in enumerate((1, 9)):
+        assert_is_reference(*integers(37, 12, 90, device, seed=seed), k, path="fused")  # 3 * 6 tiles
+    assert len(programs) == 2
+
+
 def test_equal_latents_tie_by_index_where_a_block_is_wider_than_the_window(device, monkeypatch):
     """Blocks of 64 columns and windows of 16, as GPUs have them larger: no early exit may skip a smaller index."""
     used = []
