@@ -122,7 +122,10 @@ def test_the_embedded_default(tmp_path, capsys):
         (["train", "--layers", "x"], "error: layers: expected integers, got x"),
         (["train", "--k", "5000"], "error: h.0 (width 128): expected k <= number of latents, got k = 5000 and 4096"),
         (["train", "--activation", "groupmax", "--k", "33"], "divisible by k, got 4096 latents and k = 33; try --k 32"),
-        (["train", "--activation", "relu"], "error: activation: expected 'topk' or 'groupmax', got 'relu'"),
+        (
+            ["train", "--activation", "relu"],
+            "error: activation: expected 'topk' or 'groupmax' or 'batchtopk', got 'relu'",
+        ),
         (["train", "--save-dir", "/proc/nowhere"], "error: output: expected a folder that can be written"),
         (["train", "--text-column", "prose"], "expected a text column 'prose'"),
         (["train", "--transcode", "--hookpoints", "h.0.mlp.c_fc"], "got width 128 in and width 512 out"),

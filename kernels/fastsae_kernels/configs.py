@@ -193,8 +193,11 @@ def resolve_config(num_groups: int, k: int, group: int, family: str) -> ResolveC
     width = window(k, group)
     if family == "interpreter":
         return ResolveConfig(width, 16, num_warps=1)
-    num_warps = min(16, max(4 if width <= 128 else 8, num_groups // 2048))  # 64 maxima a thread, at most
-    return ResolveConfig(width, 32 if width <= 128 else 16, num_warps)
+    if family == "sm_90" and width <= 128 and num_groups <= 8192:
+        return ResolveConfig(width, 32 if num_groups <= 4096 else 16, num_warps=4)  # 64 maxima a thread, at most
+    num_warps = 16 if num_groups > 8192 else 4 if num_groups <= 2048 and width <= 128 else 8
+    block_d = min(128, max(16, 512 * num_warps // width))  # 16 sums a thread, whatever the window
+    return ResolveConfig(width, block_d, num_warps)
 
 
 def select_config(L: int, k: int, device: torch.device) -> SelectConfig:
@@ -209,9 +212,9 @@ def default_select(L: int, k: int, family: str) -> SelectConfig:
     """
     if family == "interpreter":
         return SelectConfig(max(16, triton.next_power_of_2(triton.cdiv(L, 4))), num_warps=1)
-    lanes = min(4096, max(512, triton.next_power_of_2(triton.cdiv(L, 16))))
+    lanes = min(2048, max(512, triton.next_power_of_2(triton.cdiv(L, 16))))
     lanes = max(lanes, min(4096, triton.next_power_of_2(4 * k)))
-    return SelectConfig(lanes, num_warps=2 if lanes <= 2048 and k <= 64 else 4 if k <= 256 else 8)
+    return SelectConfig(lanes, num_warps=4 if k <= 256 else 8)
 
 
 # ---- decoding and the backward pass ----------------------------------------------------------------------
@@ -254,7 +257,7 @@ def decode_config(D: int, L: int, k: int, itemsize: int) -> DecodeConfig:
     BLOCK_D = min(128, max(16, triton.next_power_of_2(D)))
     if BLOCK_D > 64 and (L * BLOCK_D * itemsize > SLAB_BYTES or -D % BLOCK_D > D // 8):
         BLOCK_D = 64
-    return DecodeConfig(min(4, triton.next_power_of_2(k)), BLOCK_D, num_warps=1)
+    return DecodeConfig(min(8, triton.next_power_of_2(k)), BLOCK_D, num_warps=1)
 
 
 def latent_grad_config(D: int, itemsize: int) -> LatentGradConfig:
