@@ -66,32 +66,26 @@ class RowSource(ABC):
         """Go there; raises :class:`CheckpointError` where the state is of other data."""
 
 
-class MapRows(RowSource):
-    """The rows ``start`` to ``stop`` of anything with ``len`` and ``[i]``; its cursor is an index."""
+class IndexedRows(RowSource):
+    """Rows that can be read in any order: the cursor is an index."""
 
-    def __init__(self, dataset: Any, start: int = 0, stop: int | None = None):
-        self._dataset, self._start = dataset, start
-        self._count = max(0, (len(dataset) if stop is None else stop) - start)
-        self._next = 0
+    _next = 0
 
-    def __len__(self) -> int:
-        return self._count
+    @abstractmethod
+    def _read(self, positions: list[int]) -> list[Row]:
+        """The rows at these positions, counted from the source's first."""
+
+    @abstractmethod
+    def _identity(self) -> dict[str, Any]:
+        """What a state must agree with to be of this data."""
 
     def take(self, count: int) -> list[Row]:
         return self.take_part(count, range)[0]
 
     def take_part(self, count: int, part: Callable[[int], range]) -> tuple[list[Row], int]:
         """Only the part is read."""
-        here, self._next = self._next, min(self._next + count, self._count)
-        indices = [self._start + here + i for i in part(self._next - here)]
-        many = getattr(self._dataset, "__getitems__", None)
-        return list(many(indices)) if many and indices else [self._dataset[i] for i in indices], self._next - here
-
-    def hold_out(self, count: int) -> MapRows:
-        """The last ``count`` rows."""
-        end = self._start + self._count
-        self._count -= count
-        return MapRows(self._dataset, end - count, end)
+        here, self._next = self._next, min(self._next + count, len(self))
+        return self._read([here + i for i in part(self._next - here)]), self._next - here
 
     def snapshot(self) -> Callable[[], dict[str, Any]]:
         here = self._next
@@ -100,6 +94,28 @@ class MapRows(RowSource):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         check_same_data(self._identity(), state)
         self._next = int(state["next"])
+
+
+class MapRows(IndexedRows):
+    """The rows ``start`` to ``stop`` of anything with ``len`` and ``[i]``."""
+
+    def __init__(self, dataset: Any, start: int = 0, stop: int | None = None):
+        self._dataset, self._start = dataset, start
+        self._count = max(0, (len(dataset) if stop is None else stop) - start)
+
+    def __len__(self) -> int:
+        return self._count
+
+    def hold_out(self, count: int) -> MapRows:
+        """The last ``count`` rows."""
+        end = self._start + self._count
+        self._count -= count
+        return MapRows(self._dataset, end - count, end)
+
+    def _read(self, positions: list[int]) -> list[Row]:
+        indices = [self._start + i for i in positions]
+        many = getattr(self._dataset, "__getitems__", None)
+        return list(many(indices)) if many and indices else [self._dataset[i] for i in indices]
 
     def _identity(self) -> dict[str, Any]:
         """With a checksum of the first and last row: other data, or another order, hardly ever agree in both."""

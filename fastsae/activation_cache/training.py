@@ -9,7 +9,6 @@ the next S of their order. Either way a batch is as many rows as training on the
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -21,7 +20,7 @@ from ..config import TrainConfig
 from ..errors import ConfigError, HookpointError
 from ..hooks import Hookpoint, match_names
 from ..model import resolve_device
-from ..rows import Row, RowSource, check_same_data
+from ..rows import IndexedRows, Row
 from .order import TokenOrder
 from .read import CachedActivations
 
@@ -36,13 +35,12 @@ def training_data(
     return CachedRows(cache, cfg.shuffle_tokens), CachedSource(cache, cfg, resolve_device(device), dtype)
 
 
-class CachedRows(RowSource):
+class CachedRows(IndexedRows):
     """The sequences ``start`` to ``stop`` of a cache, in order; with a ``seed``, their tokens shuffled."""
 
     def __init__(self, cache: CachedActivations, seed: int | None = None, start: int = 0, stop: int | None = None):
         self._cache, self._seed = cache, seed
         self._start, self._stop = start, cache.sequences if stop is None else stop
-        self._next = 0
         self._shuffled: TokenOrder | None = None
 
     @property
@@ -51,14 +49,6 @@ class CachedRows(RowSource):
 
     def __len__(self) -> int:
         return self.sequences if self._seed is None else -(-len(self._order) // self._cache.index.ctx_len)
-
-    def take(self, count: int) -> list[Row]:
-        return self.take_part(count, range)[0]
-
-    def take_part(self, count: int, part: Callable[[int], range]) -> tuple[list[Row], int]:
-        """Only the part is looked up; activations are read when a batch is trained on."""
-        here, self._next = self._next, min(self._next + count, len(self))
-        return [{"tokens": self._tokens(here + i)} for i in part(self._next - here)], self._next - here
 
     def hold_out(self, count: int) -> CachedRows:
         """As training on the fly does: the last ``count`` sequences, of a streamed dataset the first; in order."""
@@ -72,13 +62,9 @@ class CachedRows(RowSource):
     def collate(self, rows: list[Row]) -> dict[str, Tensor]:
         return {"tokens": torch.cat([torch.zeros(0, dtype=torch.int64), *(row["tokens"] for row in rows)])}
 
-    def snapshot(self) -> Callable[[], dict[str, Any]]:
-        here = self._next
-        return lambda: {**self._identity(), "next": here}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        check_same_data(self._identity(), state)
-        self._next = int(state["next"])
+    def _read(self, positions: list[int]) -> list[Row]:
+        """Only which tokens they are; activations are read when a batch is trained on."""
+        return [{"tokens": self._tokens(i)} for i in positions]
 
     @property
     def _order(self) -> TokenOrder:
