@@ -39,11 +39,14 @@ NOT_CODERS = {"best", "steps", "state"}
 ROWS = {"encoder.weight", "encoder.bias", "W_dec"}
 """Tensors with a row per latent."""
 
+Widths = tuple[int, int]
+"""(d_in, d_out): of what a coder encodes, and of what it reconstructs."""
+
 PICKLES = {".pt", ".pth", ".bin", ".pkl", ".pickle"}
 
 
-def read_coder(folder: Path | str) -> tuple[SaeConfig, int, dict[str, Tensor], dict[str, Any]]:
-    """(config, d_in, tensors in the file's dtypes, fastsae's own notes) of one saved coder, verified.
+def read_coder(folder: Path | str) -> tuple[SaeConfig, Widths, dict[str, Tensor], dict[str, Any]]:
+    """(config, (d_in, d_out), tensors in the file's dtypes, fastsae's own notes) of one saved coder, verified.
 
     Raises :class:`CheckpointError` where the folder holds no coder, or a damaged one: cut off, of other shapes than
     cfg.json says, not finite, or not the file whose hash cfg.json records.
@@ -65,35 +68,39 @@ def read_coder(folder: Path | str) -> tuple[SaeConfig, int, dict[str, Tensor], d
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{weights}: not a readable safetensors file ({error})") from None
     values = _matching_config(folder, values)
-    if not isinstance(d_in := values.get("d_in"), int) or d_in < 1:
-        raise CheckpointError(f"{folder / CONFIG_FILE}: expected d_in, the input width, got {d_in!r}")
+    d_in = _width(folder, values, "d_in", "the input width")
+    d_out = _width(folder, {"d_out": d_in, **values}, "d_out", "the output width")
     try:
-        cfg = SaeConfig.from_dict(values)
+        cfg = SaeConfig.from_dict({name: value for name, value in values.items() if name != "d_out"})
+        widths = d_in, cfg.output_width(d_in, d_out)
+        _check_shapes(folder, tensors, cfg, widths)
     except ConfigError as error:
         raise CheckpointError(f"{folder / CONFIG_FILE}: {error}") from None
-    _check_shapes(folder, tensors, cfg, d_in)
     check_finite(weights, tensors)
-    return cfg, d_in, tensors, _notes(values)
+    return cfg, widths, tensors, _notes(values)
 
 
 def write_coder(
-    folder: Path | str, cfg: SaeConfig, d_in: int, tensors: dict[str, Tensor], notes: dict[str, Any]
+    folder: Path | str, cfg: SaeConfig, widths: Widths, tensors: dict[str, Tensor], notes: dict[str, Any]
 ) -> None:
     """Write one coder, whole or not at all: after a crash at any point, the old one or the new one reads back."""
     cpu = {name: tensor.detach().to("cpu").contiguous() for name, tensor in tensors.items()}
-    write_coder_file(folder, cfg, d_in, lambda beside: save_file(cpu, beside), notes)
+    write_coder_file(folder, cfg, widths, lambda beside: save_file(cpu, beside), notes)
 
 
 def write_coder_file(
-    folder: Path | str, cfg: SaeConfig, d_in: int, write: Callable[[Path], Any], notes: dict[str, Any]
+    folder: Path | str, cfg: SaeConfig, widths: Widths, write: Callable[[Path], Any], notes: dict[str, Any]
 ) -> None:
     """The same, of a coder whose weights' file ``write`` writes.
 
     Both files are written beside, then renamed; should only the weights have been, the config beside still fits.
+    ``d_out`` is only written where it is another than ``d_in``: sparsify knows one width.
     """
+    d_in, d_out = widths
 
     def text(weights: Path) -> str:
-        values = {**cfg.to_dict(), "d_in": d_in, "fastsae": {**notes, HASH: sha256(weights)}}
+        other = {} if d_out == d_in else {"d_out": d_out}
+        values = {**cfg.to_dict(), "d_in": d_in, **other, "fastsae": {**notes, HASH: sha256(weights)}}
         return json.dumps(values, indent=2) + "\n"
 
     _write_both(Path(folder), write, text)
@@ -195,14 +202,22 @@ def _matching_config(folder: Path, values: dict[str, Any]) -> dict[str, Any]:
     )
 
 
-def _check_shapes(folder: Path, tensors: dict[str, Tensor], cfg: SaeConfig, d_in: int) -> None:
+def _width(folder: Path, values: dict[str, Any], name: str, what: str) -> int:
+    width = values.get(name)
+    if not isinstance(width, int) or width < 1:
+        raise CheckpointError(f"{folder / CONFIG_FILE}: expected {name}, {what}, got {width!r}")
+    return width
+
+
+def _check_shapes(folder: Path, tensors: dict[str, Tensor], cfg: SaeConfig, widths: Widths) -> None:
+    d_in, d_out = widths
     num_latents = cfg.latents_for(d_in)
     expected: dict[str, tuple[int, ...]] = {
-        "encoder.weight": (num_latents, d_in), "encoder.bias": (num_latents,), "W_dec": (num_latents, d_in),
-        "b_dec": (d_in,),
+        "encoder.weight": (num_latents, d_in), "encoder.bias": (num_latents,), "W_dec": (num_latents, d_out),
+        "b_dec": (d_out,),
     }  # fmt: skip
     if cfg.skip_connection:
-        expected["W_skip"] = (d_in, d_in)
+        expected["W_skip"] = (d_out, d_in)
     if cfg.activation == "batchtopk":
         expected["threshold"] = ()
     for name, shape in expected.items():

@@ -46,24 +46,29 @@ def find_hookpoints(model: PreTrainedModel, cfg: TrainConfig) -> dict[str, Hookp
 
 def check_transcoder(at: Hookpoint) -> None:
     """Raise :class:`HookpointError` where a transcoder cannot sit."""
-    if at.d_in != at.d_out:
-        came = "no float tensor" if at.d_in is None else f"width {at.d_in}"
+    if at.d_in is None:
         raise HookpointError(
-            f"{at.name}: a transcoder expects a module with equal input and output widths, got {came} in and "
-            f"width {at.d_out} out; choose another hookpoint, such as the whole MLP"
+            f"{at.name}: a transcoder expects a module whose input is a float tensor, got none; "
+            "choose another hookpoint, such as the whole MLP"
         )
 
 
 class CoderSpec(NamedTuple):
     """A coder that a run trains."""
 
-    width: int  # D
+    d_in: int
+    d_out: int
     sae: SaeConfig
     seed: int
 
     @property
     def num_latents(self) -> int:
-        return self.sae.latents_for(self.width)
+        return self.sae.latents_for(self.d_in)
+
+    @property
+    def parameters(self) -> int:
+        """Numbers in the two matrices."""
+        return (self.d_in + self.d_out) * self.num_latents
 
 
 def coder_specs(cfg: TrainConfig, hookpoints: dict[str, Hookpoint]) -> dict[str, CoderSpec]:
@@ -77,23 +82,25 @@ def coder_specs(cfg: TrainConfig, hookpoints: dict[str, Hookpoint]) -> dict[str,
         for variant, sae in variants[name].items():
             for seed in cfg.init_seeds:
                 seeded = seed if len(cfg.init_seeds) > 1 else None
-                spec = specs[coder_name(name, variant, seeded)] = CoderSpec(hookpoint.d_out, sae, seed)
+                d_in = hookpoint.d_in if sae.transcode else hookpoint.d_out
+                assert d_in is not None  # check_transcoder has seen it
+                specs[coder_name(name, variant, seeded)] = CoderSpec(d_in, hookpoint.d_out, sae, seed)
                 try:
-                    sae.latents_for(spec.width)
+                    sae.latents_for(d_in)
                 except ConfigError as error:
-                    raise ConfigError(f"{name} (width {hookpoint.d_out}): {error}") from None
+                    raise ConfigError(f"{name} (width {d_in}): {error}") from None
     return specs
 
 
 def make_coders(
-    specs: dict[str, CoderSpec], device: torch.device, make: Callable[[int, SaeConfig], FastSae]
+    specs: dict[str, CoderSpec], device: torch.device, make: Callable[[CoderSpec], FastSae]
 ) -> dict[str, FastSae]:
-    """The coders on ``device``, each made by ``make(width, cfg)`` under its seed."""
+    """The coders on ``device``, each made by ``make(spec)`` under its seed."""
     coders = {}
     for name, spec in specs.items():
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(spec.seed)
-            coders[name] = make(spec.width, spec.sae).to(device)
+            coders[name] = make(spec).to(device)
     return coders
 
 

@@ -73,6 +73,17 @@ class SaeConfig:
         self.check_latents(num_latents)
         return num_latents
 
+    def output_width(self, d_in: int, d_out: int | None) -> int:
+        """``d_out``, by default ``d_in``; raises :class:`ConfigError` for an autoencoder with two widths."""
+        if d_out is None or d_out == d_in:
+            return d_in
+        if not self.transcode:
+            raise ConfigError(
+                f"d_out: expected {d_in}, the width that an autoencoder encodes, got {d_out}; "
+                "only a transcoder (transcode=True) has two widths"
+            )
+        return d_out
+
     def check_latents(self, num_latents: int) -> None:
         needed = 4 * self.k if self.multi_topk else self.k
         what = "4k (Multi-TopK)" if self.multi_topk else "k"

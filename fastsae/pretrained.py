@@ -43,11 +43,14 @@ def warn_of_other_size(name: str, origin: Origin, size: dict[str, float]) -> Non
 
 
 def _check_alike(name: str, coder: FastSae, saved: FastSae) -> None:
-    ours = {"d_in": coder.d_in, "num_latents": coder.all_latents} | {f: getattr(coder.cfg, f) for f in ALIKE}
-    theirs = {"d_in": saved.d_in, "num_latents": saved.num_latents} | {f: getattr(saved.cfg, f) for f in ALIKE}
+    ours, theirs = (
+        {"d_in": c.d_in, "d_out": c.d_out, "num_latents": c.all_latents} | {f: getattr(c.cfg, f) for f in ALIKE}
+        for c in (coder, saved)
+    )
     for field, value in ours.items():
         if value != theirs[field]:
-            way_out = "train at its hookpoint" if field == "d_in" else f"set --{field.replace('_', '-')} to the same"
+            is_width = field in ("d_in", "d_out")
+            way_out = "train at its hookpoint" if is_width else f"set --{field.replace('_', '-')} to the same"
             raise CheckpointError(
                 f"finetune: {name}: expected a saved coder with {field} = {value}, got {theirs[field]}; {way_out}"
             )

@@ -1,6 +1,6 @@
 """FastSae: a TopK sparse autoencoder or transcoder, with sparsify's interface and file format.
 
-Shapes: ``...`` any leading dimensions, D width (``d_in``), L latents, K active latents.
+Shapes: ``...`` any leading dimensions, D width (``d_in``), E output width (``d_out``), L latents, K active latents.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ class ForwardOutput(NamedTuple):
     """What a coder's forward returns."""
 
     sae_out: Tensor
-    """Reconstruction, [..., D]."""
+    """Reconstruction, [..., E]."""
 
     latent_acts: Tensor
     """Activations of the selected latents, [..., K]."""
@@ -43,8 +43,9 @@ class ForwardOutput(NamedTuple):
 class FastSae(nn.Module):
     """``decode(TopK(ReLU((x - b_dec) W_encᵀ + b_enc)))`` (Gao et al. 2024, arXiv 2406.04093).
 
-    Parameters: ``encoder.weight [L, D]``, ``encoder.bias [L]``, ``W_dec [L, D]``, ``b_dec [D]``, and with a
-    skip connection ``W_skip [D, D]``. A transcoder (``cfg.transcode``) encodes ``x`` itself, without b_dec.
+    Parameters: ``encoder.weight [L, D]``, ``encoder.bias [L]``, ``W_dec [L, E]``, ``b_dec [E]``, and with a
+    skip connection ``W_skip [E, D]``. A transcoder (``cfg.transcode``) encodes ``x`` itself, without b_dec, and
+    may have another width E; an autoencoder's is D.
     The encoder's product is computed in the precision of ``x``, summed in float32. BatchTopK coders have a buffer
     ``threshold`` []: training sets it to about the smallest selected activation, and every activation above it is
     active, so that tokens do not depend on each other; -1 is unset, and then the largest of the batch at hand are.
@@ -63,11 +64,13 @@ class FastSae(nn.Module):
         device: str | torch.device = "cpu",
         dtype: torch.dtype | None = None,
         *,
+        d_out: int | None = None,
         decoder: bool = True,
         implementation: str = "auto",
     ):
         super().__init__()
         self.cfg, self.d_in, self.num_latents = cfg, d_in, cfg.latents_for(d_in)
+        self.d_out = cfg.output_width(d_in, d_out)
         self.implementation = implementation
         self.notes: dict[str, Any] = {}
         """What fastsae stores about a coder's origin, under the key ``fastsae`` of cfg.json."""
@@ -78,13 +81,13 @@ class FastSae(nn.Module):
         if not decoder:
             self.W_dec = None
         elif cfg.transcode:
-            self.W_dec = nn.Parameter(torch.zeros_like(weight))
+            self.W_dec = nn.Parameter(weight.new_zeros(self.num_latents, self.d_out))
         else:
             self.W_dec = nn.Parameter(weight.clone())
             if cfg.normalize_decoder:
                 self.set_decoder_norm_to_unit_norm()
-        self.b_dec = nn.Parameter(weight.new_zeros(d_in))
-        self.W_skip = nn.Parameter(weight.new_zeros(d_in, d_in)) if cfg.skip_connection else None
+        self.b_dec = nn.Parameter(weight.new_zeros(self.d_out))
+        self.W_skip = nn.Parameter(weight.new_zeros(self.d_out, d_in)) if cfg.skip_connection else None
         if cfg.activation == "batchtopk":
             self.register_buffer("threshold", torch.tensor(-1.0, device=device))
 
@@ -115,15 +118,15 @@ class FastSae(nn.Module):
         Larger activations come first; K is k, for BatchTopK about as many as the token with the most needs.
         ``pre_acts``, the dense matrix that fusion exists to avoid, is made only on request.
         """
-        self._check_width("x", x)
+        self._check_width("x", x, self.d_in)
         out = self._encode(x.reshape(-1, self.d_in), self.cfg.k, return_pre_acts=return_pre_acts)
         return EncoderOutput(*(None if t is None else t.reshape(*x.shape[:-1], t.shape[-1]) for t in out))  # type: ignore[arg-type]
 
     def decode(self, top_acts: Tensor, top_indices: Tensor) -> Tensor:
-        """Reconstruction [..., D] of activations [..., K] of the latents [..., K]."""
+        """Reconstruction [..., E] of activations [..., K] of the latents [..., K]."""
         k = top_acts.shape[-1]
         flat = self._decode(top_acts.reshape(-1, k), top_indices.reshape(-1, k)) + self.b_dec
-        return flat.reshape(*top_acts.shape[:-1], self.d_in)
+        return flat.reshape(*top_acts.shape[:-1], self.d_out)
 
     def forward(
         self,
@@ -134,16 +137,12 @@ class FastSae(nn.Module):
         total_variance: Tensor | None = None,
         k: int | None = None,
     ) -> ForwardOutput:
-        """Reconstruct ``y`` (by default x itself) from ``x [..., D]``, with the losses.
+        """Reconstruct ``y [..., E]`` (by default x itself) from ``x [..., D]``, with the losses.
 
         ``dead_mask`` bool [L] turns AuxK on; ``total_variance`` is FVU's denominator where x is only a part
         of a batch; ``k`` is the number of active latents, by default the config's.
         """
-        self._check_width("x", x)
-        if y is not None and y.shape != x.shape:
-            raise ConfigError(f"expected y of x's shape {list(x.shape)}, got {list(y.shape)}")
-        shape, x = x.shape[:-1], x.reshape(-1, self.d_in)
-        y = x if y is None else y.reshape(-1, self.d_in)
+        shape, x, y = self._rows(x, y)
         variance = loss.total_variance(y) if total_variance is None else total_variance
         k = k or self.cfg.k
 
@@ -166,16 +165,30 @@ class FastSae(nn.Module):
             multi_topk_fvu = loss.fvu(y - self._decode(wide_acts, wide_indices) - offset, variance)
 
         return ForwardOutput(
-            sae_out.reshape(*shape, self.d_in), acts.reshape(*shape, acts.shape[1]),
+            sae_out.reshape(*shape, self.d_out), acts.reshape(*shape, acts.shape[1]),
             indices.reshape(*shape, acts.shape[1]),
             loss.fvu(residual, variance), auxk_loss, multi_topk_fvu,
         )  # fmt: skip
 
-    def _check_width(self, name: str, tensor: Tensor) -> None:
-        if tensor.ndim == 0 or tensor.shape[-1] != self.d_in:
+    def _rows(self, x: Tensor, y: Tensor | None) -> tuple[torch.Size, Tensor, Tensor]:
+        """(leading dimensions, x [N, D], y [N, E]) of x [..., D] and y [..., E], by default x itself."""
+        self._check_width("x", x, self.d_in)
+        if y is None and self.d_out != self.d_in:
+            raise ConfigError(
+                f"expected y of width {self.d_out} beside x of width {self.d_in} for this transcoder, got none; "
+                "give it what the module made of x"
+            )
+        y = x if y is None else y
+        self._check_width("y", y, self.d_out)
+        if y.shape[:-1] != x.shape[:-1]:
+            raise ConfigError(f"expected as many rows of y as of x, {list(x.shape)}, got {list(y.shape)}")
+        return x.shape[:-1], x.reshape(-1, self.d_in), y.reshape(-1, self.d_out)
+
+    def _check_width(self, name: str, tensor: Tensor, width: int) -> None:
+        if tensor.ndim == 0 or tensor.shape[-1] != width:
             at = f" ({self.notes['hookpoint']})" if "hookpoint" in self.notes else ""
             raise ConfigError(
-                f"expected {name} of width {self.d_in} for this coder{at}, got shape {list(tensor.shape)}; "
+                f"expected {name} of width {width} for this coder{at}, got shape {list(tensor.shape)}; "
                 "give it the activations of the hookpoint it was trained on"
             )
 
@@ -206,7 +219,7 @@ class FastSae(nn.Module):
         return ops.sparse_decode(top_acts, top_indices, self.W_dec, implementation=self.implementation)
 
     def auxk_loss(self, x: Tensor, residual: Tensor, dead_mask: Tensor, variance: Tensor) -> Tensor:
-        """AuxK of rows x [N, D]: what the latents of ``dead_mask`` make of ``residual`` y - ŷ [N, D]; a scalar."""
+        """AuxK of rows x [N, D]: what the latents of ``dead_mask`` make of ``residual`` y - ŷ [N, E]; a scalar."""
         k_aux = max(1, self.d_in // 2)
         width = min(k_aux, self.num_latents)
         acts, indices, _ = self._encode(x, width, activation="topk", latent_mask=dead_mask)
@@ -229,7 +242,7 @@ class FastSae(nn.Module):
 
     def save_to_disk(self, path: Path | str) -> None:
         """Write ``cfg.json`` and ``sae.safetensors`` into the folder ``path``; sparsify reads them too."""
-        checkpoint.write_coder(path, self.cfg, self.d_in, dict(self.state_dict()), self.notes)
+        checkpoint.write_coder(path, self.cfg, (self.d_in, self.d_out), dict(self.state_dict()), self.notes)
 
     @staticmethod
     def load_from_disk(
@@ -240,11 +253,11 @@ class FastSae(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> FastSae:
         """The coder saved in the folder ``path``; its tensors keep the file's dtypes unless ``dtype`` is given."""
-        cfg, d_in, tensors, notes = checkpoint.read_coder(path)
+        cfg, (d_in, d_out), tensors, notes = checkpoint.read_coder(path)
         if decoder and "W_dec" not in tensors:
             raise CheckpointError(f"{path}: expected W_dec, got a file without a decoder; pass decoder=False")
         with torch.device("meta"):
-            sae = FastSae(d_in, cfg, device="meta", decoder=decoder)
+            sae = FastSae(d_in, cfg, device="meta", d_out=d_out, decoder=decoder)
         if not decoder:
             tensors.pop("W_dec", None)
         sae.load_state_dict({name: t.to(device=device, dtype=dtype) for name, t in tensors.items()}, assign=True)

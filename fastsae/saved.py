@@ -86,12 +86,17 @@ def check_places(model: Any, coders: Iterable[tuple[str, FastSae]]) -> dict[str,
     for name, coder in coders:
         if (at := found.get(name.partition("/")[0])) is None:
             raise HookpointError(f"{name}: expected a module with a float output, got none when the model ran")
-        if ((at.d_in if coder.cfg.transcode else at.d_out), at.d_out) != (coder.d_in, coder.d_in):
+        here = (at.d_in if coder.cfg.transcode else at.d_out), at.d_out
+        if here != (coder.d_in, coder.d_out):
             raise CheckpointError(
-                f"{name}: expected a coder of width {at.d_out} for this model, got one of width {coder.d_in}; "
-                "was it trained on another?"
+                f"{name}: expected a coder of width {_widths(*here)} for this model, got one of width "
+                f"{_widths(coder.d_in, coder.d_out)}; was it trained on another?"
             )
     return {name: at.calls for name, at in found.items()}
+
+
+def _widths(d_in: int | None, d_out: int) -> str:
+    return str(d_out) if d_in == d_out else f"{d_in} → {d_out}"
 
 
 def coder_input(coder: FastSae, x: Tensor | None, y: Tensor) -> Tensor:

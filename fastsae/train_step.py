@@ -59,7 +59,7 @@ class StepTrainer:
         self.specs = coder_specs(cfg, self.hookpoints)
         self._strategy = make_strategy(cfg, self.world, self.specs, device)
         own = {name: spec for name, spec in self.specs.items() if self._strategy.owns(name)}
-        self.coders = make_coders(own, device, lambda width, sae: self._strategy.make(width, sae, cfg.implementation))
+        self.coders = make_coders(own, device, lambda spec: self._strategy.make(spec, cfg.implementation))
         self._finetuned = {} if cfg.finetune is None else load_pretrained(self.coders, cfg.finetune, self._model_name())
         self.metrics = {name: TrainingMetrics(name, coder) for name, coder in self.coders.items()}
         self.end_to_end = None

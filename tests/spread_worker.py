@@ -37,7 +37,7 @@ LATENTS: dict[str, dict[str, Any]] = {
 }
 """Runs with ``distribute_latents``, over all ranks but for ``ranks``."""
 
-TRANSCODER = {"sae": {"transcode": True, "skip_connection": True}, "hookpoints": ("h.0.mlp",)}
+TRANSCODER = {"sae": {"transcode": True, "skip_connection": True}, "hookpoints": ("h.0.mlp.c_fc",)}  # two widths
 
 
 def first_gradients(trainer: Trainer) -> dict[str, torch.Tensor]:

@@ -7,10 +7,12 @@ from fastsae import FastSae, SaeConfig, TranscoderConfig
 from fastsae.errors import CheckpointError, ConfigError
 
 
-def make(cfg: SaeConfig | None = None, d_in: int = 7, dtype=torch.float64, implementation="reference") -> FastSae:
+def make(
+    cfg: SaeConfig | None = None, d_in: int = 7, dtype=torch.float64, implementation="reference", d_out=None
+) -> FastSae:
     torch.manual_seed(0)
     cfg = cfg or SaeConfig(num_latents=30, k=4)
-    sae = FastSae(d_in, cfg, dtype=dtype, implementation=implementation)
+    sae = FastSae(d_in, cfg, dtype=dtype, d_out=d_out, implementation=implementation)
     with torch.no_grad():
         for parameter in sae.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
@@ -69,6 +71,37 @@ def test_every_gradient_against_float64_autograd(cfg, dead, implementation):
         torch.testing.assert_close(mine, true)
 
 
+@pytest.mark.parametrize("implementation", ["reference", "cpu"])
+@pytest.mark.parametrize("d_out", [3, 12])
+def test_gradients_of_transcoders_with_two_widths(d_out, implementation):
+    cfg = TranscoderConfig(num_latents=30, k=4, skip_connection=True, multi_topk=True)
+    sae = make(cfg, implementation=implementation, d_out=d_out)
+    x, y = torch.randn(2, 5, 7, dtype=torch.float64), torch.randn(2, 5, d_out, dtype=torch.float64)
+    out = sae(x, y)
+    assert out.sae_out.shape == y.shape
+    wanted = dense_loss(sae, x.flatten(0, 1), y.flatten(0, 1))
+    ours = out.fvu + out.multi_topk_fvu / 8
+    torch.testing.assert_close(ours, wanted)
+    parameters = list(sae.parameters())
+    for mine, true in zip(torch.autograd.grad(ours, parameters), torch.autograd.grad(wanted, parameters), strict=True):
+        torch.testing.assert_close(mine, true)
+
+
+def test_two_widths_are_checked(tmp_path):
+    with pytest.raises(ConfigError, match="d_out: expected 7, the width that an autoencoder encodes, got 5"):
+        FastSae(7, SaeConfig(num_latents=30, k=4), d_out=5)
+    sae = make(TranscoderConfig(num_latents=30, k=4), d_out=5, dtype=torch.float32)
+    with pytest.raises(ConfigError, match="expected y of width 5 beside x of width 7"):
+        sae(torch.randn(3, 7))
+    with pytest.raises(ConfigError, match=r"expected as many rows of y as of x, \[3, 7\], got \[2, 5\]"):
+        sae(torch.randn(3, 7), torch.randn(2, 5))
+    sae.save_to_disk(tmp_path)
+    config = tmp_path / "cfg.json"
+    config.write_text(config.read_text().replace('"d_out": 5', '"d_out": 6'))
+    with pytest.raises(CheckpointError, match=r"expected W_dec \[30, 6\]"):
+        FastSae.load_from_disk(tmp_path)
+
+
 def test_relu_masks_and_zero_activations_do_not_fire():
     sae = make(SaeConfig(num_latents=6, k=4))
     with torch.no_grad():
@@ -106,7 +139,7 @@ def test_other_widths_are_refused_and_empty_batches_are_fine():
     for call in (sae, sae.encode):
         with pytest.raises(ConfigError, match=r"expected x of width 7 for this coder, got shape \[14, 8\]"):
             call(torch.randn(14, 8, dtype=torch.float64))
-    with pytest.raises(ConfigError, match=r"expected y of x's shape \[2, 7\], got \[3, 7\]"):
+    with pytest.raises(ConfigError, match=r"expected as many rows of y as of x, \[2, 7\], got \[3, 7\]"):
         sae(torch.randn(2, 7, dtype=torch.float64), torch.randn(3, 7, dtype=torch.float64))
     assert sae.encode(torch.zeros(0, 7, dtype=torch.float64)).top_acts.shape == (0, 4)
 

@@ -1,6 +1,6 @@
 """A coder of which this rank holds some latents' rows; the other ranks of its group hold the rest.
 
-Shapes: N tokens, D width, L latents of all ranks, K active latents.
+Shapes: N tokens, D width in, E width out, L latents of all ranks, K active latents.
 """
 
 from __future__ import annotations
@@ -31,12 +31,13 @@ class LatentSlice(FastSae):
     """
 
     def __init__(
-        self, d_in: int, cfg: SaeConfig, *, peers: LatentPeers, dtype: torch.dtype = torch.float32,
-        implementation: str = "auto",
+        self, d_in: int, cfg: SaeConfig, *, peers: LatentPeers, d_out: int | None = None,
+        dtype: torch.dtype = torch.float32, implementation: str = "auto",
     ):  # fmt: skip
-        """The rows that ``FastSae(d_in, cfg)`` would have under the same seed."""
+        """The rows that ``FastSae(d_in, cfg, d_out=d_out)`` would have under the same seed."""
         nn.Module.__init__(self)
         self.cfg, self.d_in, self.peers, self._slice = cfg, d_in, peers, peers
+        self.d_out = cfg.output_width(d_in, d_out)
         self.num_latents, self.implementation = peers.end - peers.begin, implementation
         self.notes: dict[str, Any] = {}
         with torch.device("meta"):
@@ -44,11 +45,12 @@ class LatentSlice(FastSae):
         self.encoder.weight = nn.Parameter(_initial_rows(cfg.latents_for(d_in), d_in, peers, dtype))
         weight = self.encoder.weight.data
         self.encoder.bias = nn.Parameter(weight.new_zeros(self.num_latents))
-        self.W_dec = nn.Parameter(torch.zeros_like(weight) if cfg.transcode else weight.clone())
+        decoder = weight.new_zeros(len(weight), self.d_out) if cfg.transcode else weight.clone()
+        self.W_dec = nn.Parameter(decoder)
         if cfg.normalize_decoder and not cfg.transcode:
             self.set_decoder_norm_to_unit_norm()
-        self.b_dec = nn.Parameter(weight.new_zeros(d_in))
-        self.W_skip = nn.Parameter(weight.new_zeros(d_in, d_in)) if cfg.skip_connection else None
+        self.b_dec = nn.Parameter(weight.new_zeros(self.d_out))
+        self.W_skip = nn.Parameter(weight.new_zeros(self.d_out, d_in)) if cfg.skip_connection else None
 
     @torch.no_grad()
     def forward(self, x: Tensor, y: Tensor | None = None, **options: Any) -> ForwardOutput:
@@ -58,9 +60,7 @@ class LatentSlice(FastSae):
         """
         if options.keys() - {"total_variance"}:
             raise ConfigError(f"expected x and y for a coder split over ranks, got {', '.join(options)} too")
-        self._check_width("x", x)
-        shape, x = x.shape[:-1], x.reshape(-1, self.d_in)
-        y = x if y is None else y.reshape(-1, self.d_in)
+        shape, x, y = self._rows(x, y)
         k, activation = self.cfg.k, self.cfg.activation
         acts, indices, _ = self._encode(x, ops.own_k(k, activation, self._slice))
         if activation == "topk":
@@ -72,7 +72,7 @@ class LatentSlice(FastSae):
         acts, indices = ops.all_winners(acts, indices, k, self._slice)
         zero = sae_out.new_zeros(())
         return ForwardOutput(
-            sae_out.reshape(*shape, self.d_in), acts.reshape(*shape, -1), indices.reshape(*shape, -1),
+            sae_out.reshape(*shape, self.d_out), acts.reshape(*shape, -1), indices.reshape(*shape, -1),
             loss.fvu(y - sae_out, variance), zero, zero,
         )  # fmt: skip
 
@@ -87,8 +87,9 @@ class LatentSlice(FastSae):
         if self._slice.rank:
             send_rows(tensors, self._slice)
             return
+        widths = self.d_in, self.d_out
         checkpoint.write_coder_file(
-            path, self.cfg, self.d_in, lambda file: receive_file(file, tensors, self._slice), self.notes
+            path, self.cfg, widths, lambda file: receive_file(file, tensors, self._slice), self.notes
         )
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 
-from ..config import SaeConfig
+from ..coders import CoderSpec
 from ..errors import ConfigError, HookpointError
 from ..metrics import TrainingMetrics
 from ..sae import FastSae
@@ -48,10 +48,10 @@ class Latents(Strategy):
         self.fuses, self.all_sum = self._data.fuses, self._data.all_sum
         self._counts: deque[list[int]] = deque()  # the members' tokens, of each batch to come
 
-    def make(self, width: int, cfg: SaeConfig, implementation: str) -> FastSae:
-        bounds = latent_bounds(cfg, width, len(self._members))
+    def make(self, spec: CoderSpec, implementation: str) -> FastSae:
+        bounds = latent_bounds(spec.sae, spec.d_in, len(self._members))
         peers = LatentPeers(self.world, self._group, bounds)
-        return LatentSlice(width, cfg, peers=peers, implementation=implementation)
+        return LatentSlice(spec.d_in, spec.sae, peers=peers, d_out=spec.d_out, implementation=implementation)
 
     def tokens(self, counts: list[int], signal: int) -> tuple[list[int], int]:
         every = self.world.all_gather_sizes([signal, *counts])

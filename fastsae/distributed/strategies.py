@@ -33,7 +33,7 @@ def make_strategy(cfg: TrainConfig, world: World, specs: Mapping[str, CoderSpec]
     if world.size == 1:
         return Strategy(world)
     if cfg.distribute_modules:
-        costs = {name: 2 * spec.width * spec.num_latents for name, spec in specs.items()}
+        costs = {name: spec.parameters for name, spec in specs.items()}
         owner = owners(costs, world.size)
         if world.first:
             for line in describe(costs, owner, world.size):

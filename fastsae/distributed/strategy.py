@@ -16,8 +16,7 @@ import torch
 from torch import Tensor
 
 from .. import loss
-from ..coders import batch_mean
-from ..config import SaeConfig
+from ..coders import CoderSpec, batch_mean
 from ..metrics import TrainingMetrics
 from ..sae import FastSae
 from .reduction import GradientReduction
@@ -44,9 +43,9 @@ class Strategy:
         """Whether this rank has the coder of that name, or a part of it."""
         return True
 
-    def make(self, width: int, cfg: SaeConfig, implementation: str) -> FastSae:
+    def make(self, spec: CoderSpec, implementation: str) -> FastSae:
         """A new coder, or this rank's part of it."""
-        return FastSae(width, cfg, dtype=torch.float32, implementation=implementation)
+        return FastSae(spec.d_in, spec.sae, dtype=torch.float32, d_out=spec.d_out, implementation=implementation)
 
     def tokens(self, counts: list[int], signal: int) -> tuple[list[int], int]:
         """(tokens of each batch of a step over all ranks, the highest signal that any rank received)."""

@@ -1,6 +1,7 @@
 """sparsify's folders, which are fastsae's own: ``cfg.json`` and ``sae.safetensors`` per coder.
 
-Shapes: D width, L latents. Holds TopK and GroupMax coders of equal input and output widths.
+Shapes: D width, L latents. sparsify's hold TopK and GroupMax coders of equal input and output widths; fastsae's
+transcoders may have two (``d_out`` in cfg.json).
 """
 
 from __future__ import annotations
@@ -66,9 +67,13 @@ def from_parts(cfg: SaeConfig, tensors: dict[str, Tensor], notes: dict[str, Any]
 
 
 def fit(coder: Coder) -> tuple[Coder, list[str]]:
-    lost: list[str] = []
     if coder.d_in != coder.d_out:
         fitting.impossible(f"sparsify's coders have one width, this one has {coder.d_in} in and {coder.d_out} out")
+    return _fit_topk(coder)
+
+
+def _fit_topk(coder: Coder) -> tuple[Coder, list[str]]:
+    lost: list[str] = []
     if coder.activation != "groupmax":
         coder = fitting.as_topk(coder, "sparsify", lost)
     coder = fitting.without_layer_norm(coder, "sparsify", lost)
@@ -76,9 +81,9 @@ def fit(coder: Coder) -> tuple[Coder, list[str]]:
 
 
 def fit_native(coder: Coder) -> tuple[Coder, list[str]]:
-    """As :func:`fit`, for fastsae itself, which computes BatchTopK's threshold too."""
+    """As :func:`fit`, for fastsae itself, which computes BatchTopK's threshold and transcoders of two widths too."""
     if not is_batch_topk(coder):
-        return fit(coder)
+        return _fit_topk(coder)
     lost: list[str] = []
     coder = fitting.without_layer_norm(coder, "fastsae", lost)
     return fitting.with_centering(coder, not coder.transcode, lost), lost
@@ -86,7 +91,7 @@ def fit_native(coder: Coder) -> tuple[Coder, list[str]]:
 
 def is_batch_topk(coder: Coder) -> bool:
     """Whether it is what BatchTopK computes at inference: one threshold for all latents, not negative."""
-    if coder.threshold is None or coder.d_in != coder.d_out:
+    if coder.threshold is None:
         return False
     return bool((coder.threshold == coder.threshold[0]).all() and coder.threshold[0] >= 0)
 
@@ -94,7 +99,7 @@ def is_batch_topk(coder: Coder) -> bool:
 def write(folder: Path, coders: dict[str, Coder]) -> None:
     for name, coder in coders.items():
         cfg, tensors, notes = to_parts(coder)
-        checkpoint.write_coder(folder / name, cfg, coder.d_in, tensors, notes)
+        checkpoint.write_coder(folder / name, cfg, (coder.d_in, coder.d_out), tensors, notes)
 
 
 def to_parts(coder: Coder) -> tuple[SaeConfig, dict[str, Tensor], dict[str, Any]]:
@@ -128,7 +133,7 @@ def to_fastsae(coder: Coder) -> FastSae:
         raise CheckpointError(f"expected a coder that FastSae can compute: {'; '.join(lost)}")
     cfg, tensors, notes = to_parts(fitted)
     with torch.device("meta"):
-        sae = FastSae(coder.d_in, cfg, device="meta")
+        sae = FastSae(coder.d_in, cfg, device="meta", d_out=coder.d_out)
     sae.load_state_dict({name: tensor.contiguous() for name, tensor in tensors.items()}, assign=True)
     sae.notes = notes
     return sae.requires_grad_(True)
