@@ -64,8 +64,8 @@ class FastSae(nn.Module):
         device: str | torch.device = "cpu",
         dtype: torch.dtype | None = None,
         *,
-        d_out: int | None = None,
         decoder: bool = True,
+        d_out: int | None = None,
         implementation: str = "auto",
     ):
         super().__init__()
