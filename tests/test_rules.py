@@ -81,7 +81,7 @@ def test_blocks_of_rows_equal_the_whole(rule):
 
 @pytest.mark.parametrize("rule", [Adam(), Adam8bit(), Signum()], ids=lambda rule: rule.name)
 def test_unit_rows_stay_on_the_sphere_and_see_no_parallel_gradient(rule):
-    torch.manual_seed(0)
+    torch.manual_seed(5)
     start, grads = torch.nn.functional.normalize(torch.randn(L, D), dim=1), gradients(3, L, D)
     low = torch.empty(L, D, dtype=torch.bfloat16)
     weight, _ = run(rule, start, grads, unit_rows=True, low=low)
