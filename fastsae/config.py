@@ -183,6 +183,9 @@ class TrainConfig:
     shuffle_tokens: int | None = None
     """Seed of a random order of the tokens of --activations; by default they come as the model would give them."""
 
+    token_buffer: int = 0
+    """Tokens per hookpoint held in memory to shuffle them, so that a batch mixes many sequences; 0: as they come."""
+
     finetune: str | None = None
     """Saved coders to go on training from: a folder or a hub id."""
 
@@ -229,7 +232,14 @@ class TrainConfig:
             "distribute_latents",
         ):  # fmt: skip
             require(getattr(self, name) >= 1, name, "at least 1", getattr(self, name))
-        for name in ("lr_warmup_steps", "auxk_alpha", "dead_feature_threshold", "held_out", "k_decay_steps"):
+        for name in (
+            "lr_warmup_steps",
+            "auxk_alpha",
+            "dead_feature_threshold",
+            "held_out",
+            "k_decay_steps",
+            "token_buffer",
+        ):
             require(getattr(self, name) >= 0, name, "0 or more", getattr(self, name))
         require(self.lr is None or self.lr > 0, "lr", "a positive number", self.lr)
         require(
@@ -266,6 +276,7 @@ class TrainConfig:
     def _check_end_to_end(self) -> None:
         for name, plain, way_out in (
             ("micro_acc_steps", 1, "lower batch_size and raise grad_acc_steps"),
+            ("token_buffer", 0, "leave it out: the model needs its tokens in place"),
             ("distribute_modules", False, "start replicas (torchrun without it)"),
             ("distribute_latents", 1, "start replicas (torchrun without it)"),
             ("init_seeds", self.init_seeds[:1], "train them in runs of their own: one coder is grafted per hookpoint"),

@@ -13,6 +13,8 @@ from torch import Tensor
 
 from .errors import CheckpointError
 
+State = dict[str, Any]
+
 
 class TokenShuffle:
     """Gives tokens in exchange for tokens, in an order that follows from ``seed`` alone; each comes out at most once.
@@ -48,13 +50,13 @@ class TokenShuffle:
             held[slots] = t[: len(slots)]
         return out
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> State:
         """The tokens held and the generator's state, as tensors."""
         return {"held": [t.clone() for t in self._held], "random": self._random.get_state()}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: State, device: torch.device | str = "cpu") -> None:
         """Go on where ``state`` was taken; raises :class:`CheckpointError` where it does not fit in."""
-        held = tuple(t.clone() for t in state["held"])
+        held = tuple(t.clone().to(device) for t in state["held"])
         if held and len(held[0]) > self.capacity:
             raise CheckpointError(
                 f"resume: expected at most {self.capacity} tokens in the shuffle buffer, got {len(held[0])}; "
@@ -65,3 +67,32 @@ class TokenShuffle:
 
     def _permutation(self, count: int, device: torch.device) -> Tensor:
         return torch.randperm(count, generator=self._random).to(device)
+
+
+class TokenShuffles:
+    """A :class:`TokenShuffle` of ``capacity`` tokens per hookpoint, all in the same order; with 0 tokens pass through.
+
+    Tokens are exchanged where they are trained on, so only the rank that trains a hookpoint's coders holds any.
+    """
+
+    def __init__(self, capacity: int, device: torch.device):
+        self._capacity, self._device = capacity, device
+        self._by_hookpoint: dict[str, TokenShuffle] = {}
+
+    def exchange(self, hookpoint: str, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:  # [N, D], [N, E]
+        """(x, y) to train on now; an autoencoder's x is y, and is held once."""
+        if not self._capacity:
+            return x, y
+        buffer = self._by_hookpoint.setdefault(hookpoint, TokenShuffle(self._capacity))
+        if x is y:
+            (y,) = buffer.exchange(y)
+            return y, y
+        x, y = buffer.exchange(x, y)
+        return x, y
+
+    def state_dict(self) -> dict[str, State]:
+        return {name: buffer.state_dict() for name, buffer in self._by_hookpoint.items()}
+
+    def load_state_dict(self, state: dict[str, State]) -> None:
+        for name, held in state.items():
+            self._by_hookpoint.setdefault(name, TokenShuffle(self._capacity)).load_state_dict(held, self._device)

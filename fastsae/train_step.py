@@ -32,6 +32,7 @@ from .pretrained import load_pretrained, warn_of_other_size
 from .row_optimizer import RowOptimizer
 from .rows import Batches, split_held_out
 from .sae import FastSae
+from .token_shuffle import TokenShuffles
 from .trainer_state import check_same_coders, load_into, state_of
 
 
@@ -73,6 +74,7 @@ class StepTrainer:
         self.optimizer = make_optimizer(cfg, self.coders.values(), low_dtype)
         self.schedule = make_schedule(cfg, self.optimizer, self.total_steps)
         self.micro_batches = MicroBatches(cfg.micro_acc_steps)
+        self._shuffles = TokenShuffles(cfg.token_buffer, device)
         self.step = 0
         self.tokens = 0
         self._seconds, self._start = 0.0, time.perf_counter()  # spent before this process, and its start
@@ -124,6 +126,7 @@ class StepTrainer:
 
     def _train_hookpoint(self, hookpoint: str, x: Tensor, y: Tensor, share: float) -> None:
         self._meet(hookpoint, x, y)
+        x, y = self._shuffles.exchange(hookpoint, x, y)
         variance, count = self._strategy.variance(y)
         for name, coder in self._coders_at(hookpoint).items():
             optimizer = self.optimizer if isinstance(self.optimizer, RowOptimizer) else None
@@ -203,6 +206,7 @@ class StepTrainer:
             "initialised": sorted(self._initialised),
             "activation_sizes": self._activation_sizes,
             "data": self._cursor(),
+            "token_buffers": self._shuffles.state_dict(),
             **({} if self.end_to_end is None else {"end_to_end": self.end_to_end.state_dict()}),
             **state_of(self.coders, self.metrics, self.optimizer, self.schedule),
         }
@@ -222,8 +226,13 @@ class StepTrainer:
         load_into(self.coders, self.metrics, self.optimizer, self.schedule, parts, threshold)
         self.step, self.tokens, self._seconds = state["step"], state["tokens"], state["seconds"]
         self.micro_batches = MicroBatches(max(self.cfg.micro_acc_steps, *(part["micro_batches"] for part in parts)))
+        self._shuffles.load_state_dict(self._own_buffers(parts))
         self._initialised = {name for part in parts for name in part["initialised"]}
         self._activation_sizes = {name: size for part in parts for name, size in part["activation_sizes"].items()}
+
+    def _own_buffers(self, parts: tuple[dict[str, Any], ...]) -> dict[str, Any]:
+        own = {name.partition("/")[0] for name in self.coders}
+        return {name: held for part in parts for name, held in part["token_buffers"].items() if name in own}
 
     def _steps(self) -> Iterator[tuple[list[dict[str, Tensor]], Callable[[], dict[str, Any]]]]:
         """Batches of each step, read ahead by a thread, with the cursor after exactly these."""

@@ -22,7 +22,13 @@ EXACT = ("wte", "h.0.ln_1")  # their activations do not depend on what else is i
 
 MODULES: dict[str, dict[str, Any]] = {
     "coders": {"set": ("wte:k=4|5",), "init_seeds": (0, 1)},
-    "accumulated": {"grad_acc_steps": 2, "micro_acc_steps": 2, "optimizer": "adam8bit", "hookpoints": ("h.0.ln_1",)},
+    "accumulated": {
+        "grad_acc_steps": 2,
+        "micro_acc_steps": 2,
+        "optimizer": "adam8bit",
+        "hookpoints": ("h.0.ln_1",),
+        "token_buffer": 40,
+    },
     "signum": {"optimizer": "signum", "max_grad_norm": None, "save_best": True, "keep_last": 2},
     "batchtopk": {"sae": {"activation": "batchtopk", "matryoshka_widths": (9,)}},
 }

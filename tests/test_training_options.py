@@ -80,6 +80,47 @@ def test_signum_takes_no_limit():
         TrainConfig(max_grad_norm=1.0, optimizer="signum")
 
 
+# ---- the order of tokens ----
+
+
+def test_a_token_buffer_trains_every_token_once_in_batches_of_many_sequences(tmp_path, monkeypatch):
+    seen: dict[str, list[torch.Tensor]] = {"h.0": [], "h.1.mlp": []}
+    options = {"held_out": 0, "sae": SaeConfig(num_latents=64, k=4, transcode=True)}
+    plain = make_trainer(tmp_path / "plain", **options)
+    trainer = make_trainer(tmp_path / "mixed", token_buffer=100, **options)
+
+    def keep(kept):
+        def train(coder, x, y, *_args, **_options):
+            name = next(name for name, other in trainer.coders.items() if other is coder)
+            kept[name].append(torch.cat([x, y], 1))
+
+        return train
+
+    monkeypatch.setattr(trainer.micro_batches, "train", keep(seen))
+    train(trainer, trainer.total_steps)
+    came: dict[str, list[torch.Tensor]] = {"h.0": [], "h.1.mlp": []}
+    for (batch,), _ in plain._steps():
+        plain._run(batch, lambda name, x, y: came[name].append(torch.cat([x, y], 1)), at="test")
+    for name, batches in seen.items():
+        known = torch.cat(came[name])
+        trained = torch.cat(batches)
+        assert len(known) == 42 * 8
+        assert len(trained) == 42 * 8 - 100
+        places = torch.cdist(trained.double(), known.double()).argmin(1)
+        torch.testing.assert_close(trained, known[places])  # x beside its own y
+        assert len(places.unique()) == len(places)
+        assert [len(batch) for batch in batches[-3:]] == [32, 32, 16]
+        assert len((places[-48:-16] // 8).unique()) > 8  # a batch of four sequences holds tokens of more
+    first, second = seen.values()
+    assert [len(batch) for batch in first] == [len(batch) for batch in second]
+
+
+@pytest.mark.parametrize("strange", [{"loss_fn": "kl"}, {"token_buffer": -1}])
+def test_a_token_buffer_that_cannot_be(strange):
+    with pytest.raises(ConfigError, match="token_buffer: expected 0"):
+        TrainConfig(**{"token_buffer": 64, **strange})
+
+
 # ---- a falling k ----
 
 

@@ -23,6 +23,11 @@ logger = logging.getLogger("fastsae")
 def make_strategy(cfg: TrainConfig, world: World, specs: Mapping[str, CoderSpec], device: torch.device) -> Strategy:
     """One process: all in it. Several: replicas that sum their gradients, unless ``cfg`` asks for another way."""
     dtype = getattr(torch, cfg.grad_reduce_dtype)
+    if cfg.token_buffer and world.size > 1 and not cfg.distribute_modules:
+        raise ConfigError(
+            "token_buffer: expected one process, or --distribute-modules, got several that would each hold tokens of "
+            "their own, which no checkpoint keeps; leave it out, or shuffle a cache (--activations, --shuffle-tokens)"
+        )
     if cfg.distribute_latents > 1:
         if world.size == 1:
             raise ConfigError(
