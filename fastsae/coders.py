@@ -38,9 +38,14 @@ def find_hookpoints(model: PreTrainedModel, cfg: TrainConfig) -> dict[str, Hookp
         )
     if silent:  # met by a wildcard
         logger.info("left out %d modules that the model's forward gives no activations of: %s", len(silent), silent[0])
-    if cfg.sae.transcode:
-        for at in found.values():
+    for at in found.values():
+        if cfg.sae.transcode:
             check_transcoder(at)
+        if at.calls > 1:
+            logger.info(
+                "%s: the model calls it %d times in a forward (shared weights); one coder is trained on all of them",
+                at.name, at.calls,
+            )  # fmt: skip
     return found
 
 

@@ -108,12 +108,6 @@ def fit(trainer: Trainer) -> RunSummary:
 
 
 def _say_what_is_trained(trainer: Trainer) -> None:
-    for at in trainer.hookpoints.values():
-        if at.calls > 1:
-            logger.info(
-                "%s: the model calls it %d times in a forward (shared weights); one coder is trained on all of them",
-                at.name, at.calls,
-            )  # fmt: skip
     logger.info(
         "training %d coders for %d steps: %s", len(trainer.specs), trainer.total_steps, ", ".join(trainer.specs)
     )

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from transformers import PreTrainedModel
 
@@ -21,11 +21,15 @@ from .interrupt import Interrupted, StopSignals
 from .progress import CoderSummary, RunSummary, TrainProgress
 from .resume import check_same_run, rewind_metrics
 from .run_folder import create_run_folder
+from .run_lock import RunLock
 from .saving import keep_best, keep_checkpoint, save_coders
 from .tracking import Silence, Tracker
 from .train_step import StepTrainer
-from .training_state import begin_state, drop_states, end_state, read_newest_state, write_part
+from .training_state import begin_state, check_has_state, drop_states, end_state, read_newest_state, write_part
 from .version import __version__
+
+IDLE_BATCHES = 32
+"""Batches from the first on without a token to train on, after which a run ends: there will be none."""
 
 
 class Trainer(StepTrainer):
@@ -43,7 +47,7 @@ class Trainer(StepTrainer):
     ):  # fmt: skip
         super().__init__(cfg, dataset, model, origin=origin, world=world)
         self.folder: Path | None = None
-        self._ended, self._saved = False, 0
+        self._ended, self._saved, self._lock = False, 0, RunLock()
 
     def fit(self, *, progress: bool = True) -> RunSummary:
         """Train to the end of the dataset, save, measure on the held-out sequences.
@@ -55,6 +59,8 @@ class Trainer(StepTrainer):
         resumed = self.folder is not None
         if self.folder is None:
             self.folder = self._create_folder(config)
+        if self.world.first:
+            self._lock.take(self.folder)
         tracker = Tracker(self.folder, self.cfg.log_to, config) if self.world.first else Silence()
         again = self.world.size == 1  # torchrun sends signals twice, and ends what does not end itself
         try:
@@ -64,11 +70,12 @@ class Trainer(StepTrainer):
                     self._save_coders()  # a crash may have come between the state and the coders
                 self._train(tracker, bar, signals)
             summary = self.summarise(time.perf_counter() - self._start)
+            self.world.wait()
+            if self.world.first:
+                drop_states(self.folder)
         finally:
             tracker.close()
-        self.world.wait()
-        if self.world.first:
-            drop_states(self.folder)
+            self._lock.free()
         return summary
 
     def _create_folder(self, config: dict[str, Any]) -> Path:
@@ -90,17 +97,22 @@ class Trainer(StepTrainer):
             if self.step % self.cfg.log_every == 0 or self.step == self.total_steps:
                 self._log(tracker, bar)
                 logged = self.step
+            if self.tokens == 0 and self.step * self.cfg.grad_acc_steps >= IDLE_BATCHES:
+                self._refuse_no_tokens()
             if self._save_is_due() and self.step < self.total_steps and self.tokens:
                 self.save()
         if self.tokens == 0:
-            raise ArtifactError(
-                "dataset: expected tokens to train on, got none: all are excluded or masked; "
-                "check --exclude-tokens and the attention_mask"
-            )
+            self._refuse_no_tokens()
         if logged < self.step:  # a stream that ended before its limit
             self._log(tracker, bar)
         self._ended = True
         self.save()
+
+    def _refuse_no_tokens(self) -> NoReturn:
+        raise ArtifactError(
+            f"dataset: expected tokens to train on, got none in {self.step * self.cfg.grad_acc_steps} batches: all are "
+            "excluded or masked; check --exclude-tokens and the attention_mask"
+        )
 
     def _log(self, tracker: Tracker | Silence, bar: TrainProgress) -> None:
         values = self.read_metrics()
@@ -186,9 +198,13 @@ class Trainer(StepTrainer):
         """Go to where the run in ``folder`` was last saved; :meth:`fit` goes on from there, bit by bit on a CPU.
 
         The trainer must have been made with the run's own config, model and dataset. Raises
-        :class:`CheckpointError` where there is no whole training state, or it is another run's.
+        :class:`CheckpointError` where there is no whole training state, or it is another run's,
+        :class:`ArtifactError` while another process trains it.
         """
         with self.world.one_first(of_machine=False):  # which may delete a damaged one
+            if self.world.first:
+                check_has_state(Path(folder))
+                self._lock.take(Path(folder))
             step, parts = read_newest_state(Path(folder))
         check_same_run(self.cfg, parts[0], self.world.size)
         self.load_state_dict(*parts)

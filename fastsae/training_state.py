@@ -75,7 +75,7 @@ def end_state(run: Path, step: int) -> None:
         _beside(run, step).rename(place)
         _to_disk(place.parent)
     kept = {folder for _, folder in _saved(run)[-KEPT:]} | {place}
-    for folder in place.parent.iterdir():
+    for folder in place.parent.glob("step-*"):
         if folder not in kept:
             shutil.rmtree(folder)
 

@@ -25,7 +25,7 @@ FLOORS = {
         "errors interrupt version demo token_text",
         "fields finetune hub integrity memmap origin rows token_shuffle",
         "config run_config stream training_state",
-        "tokens options",
+        "tokens options run_lock",
         "ops loss checkpoint overrides resume run_file run_folder tracking progress sources batches model_loss",
         "sae hooks data model retention",
         "activations coders row_optimizer compat saving error_sums",

@@ -6,6 +6,8 @@ import json
 import os
 import resource
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -140,7 +142,7 @@ def test_a_stream_goes_on_where_it_was_though_it_was_read_ahead(tmp_path, uninte
 
 def test_a_damaged_state_is_refused_by_name_and_the_one_before_is_used(tmp_path, uninterrupted, caplog):
     run = stopped(make_trainer(tmp_path), 9)
-    assert sorted(path.name for path in (run / "state").iterdir()) == ["step-8", "step-9"]
+    assert sorted(path.name for path in (run / "state").glob("step-*")) == ["step-8", "step-9"]
     tensors = run / "state/step-9/tensors-0.safetensors"
     content = bytearray(tensors.read_bytes())
     content[-100] ^= 1  # one bit
@@ -186,7 +188,7 @@ def test_a_disk_that_fills_up_costs_no_run(tmp_path, uninterrupted, largest_file
         trainer.fit(progress=False)
     largest_file(resource.RLIM_INFINITY)
     run = tmp_path / "run"
-    assert [path.name for path in (run / "state").iterdir()] == ["step-4"]
+    assert [path.name for path in (run / "state").glob("step-*")] == ["step-4"]
     assert FastSae.load_from_disk(run / "h.0").notes["step"] == 4
     assert files(resumed(make_trainer(tmp_path), run)) == uninterrupted()
 
@@ -209,6 +211,30 @@ def test_records_that_cannot_be_written_end_the_run_in_one_line(tmp_path, uninte
     assert trainer.step == 4
     trainer.fit(progress=False)
     assert files(tmp_path / "run") == uninterrupted(log_every=5)
+
+
+def test_a_run_is_trained_by_one_process_at_a_time(tmp_path, uninterrupted):
+    run = stopped(make_trainer(tmp_path), 3)
+    saved = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    hold = (
+        "import filelock, sys; lock = filelock.FileLock(sys.argv[1]); lock.acquire(); print('held', flush=1); input()"
+    )
+    command = [sys.executable, "-c", hold, str(run / "state/lock")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "held\n"
+        with pytest.raises(ArtifactError, match=r"another process trains .*run right now; wait for it, or stop it"):
+            make_trainer(tmp_path).resume(run)
+        assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == saved
+        process.kill()
+    trainer = make_trainer(tmp_path)
+
+    def resume_too():  # it is ours meanwhile
+        with pytest.raises(ArtifactError, match="another process"):
+            make_trainer(tmp_path).resume(run)
+
+    after_step(trainer, 4, resume_too)
+    assert files(resumed(trainer, run)) == uninterrupted()
 
 
 def test_a_finished_run_cannot_be_resumed(tmp_path):

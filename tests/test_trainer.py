@@ -316,6 +316,15 @@ def test_nothing_to_train_on_saves_nothing(tmp_path):
     assert not list(tmp_path.rglob("*.safetensors"))
 
 
+def test_nothing_to_train_on_shows_before_the_end(tmp_path):
+    rows = token_rows(400, 8).map(lambda row: {"input_ids": [7] * 8})
+    cfg = config(tmp_path, hookpoints=("h.0",), exclude_tokens=(7,), grad_acc_steps=2)
+    trainer = Trainer(cfg, rows, make_model("gpt2"))
+    with pytest.raises(ArtifactError, match="got none in 32 batches: all are excluded or masked"):
+        trainer.fit(progress=False)
+    assert trainer.step == 16 < trainer.total_steps
+
+
 def test_tokens_of_another_model_are_refused(tmp_path):
     rows = token_rows(4, 8).map(lambda row: {"input_ids": [5000] * 8})
     with pytest.raises(ArtifactError, match="from 0 to 4095, got 5000 to 5000; was it tokenised for another model"):
