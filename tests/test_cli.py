@@ -128,7 +128,7 @@ def test_the_embedded_default(tmp_path, capsys):
         ),
         (["train", "--save-dir", "/proc/nowhere"], "error: output: expected a folder that can be written"),
         (["train", "--text-column", "prose"], "expected a text column 'prose'"),
-        (["train", "--transcode", "--hookpoints", "h.0.mlp.c_fc"], "got width 128 in and width 512 out"),
+        (["train", "--transcode", "--hookpoints", "wte"], "wte: a transcoder expects a module whose input is a float"),
         (["train", "--exclude-tokens", "boss"], "expected a token id or one of bos, eos, pad"),
         (["train", "--exclude-tokens", "cls"], "expected a tokenizer with the token 'cls', got one that has"),
         (["train", "org/none", "--streaming"], "error: streaming: expected --max-tokens or --max-examples with it"),

@@ -16,9 +16,12 @@ from fastsae.eval.reconstruction import decoder_cosines
 ROWS, LENGTH = 6, 12
 
 
-def make_coder(width: int, *, transcode: bool = False, seed: int = 5, latents: int = 40) -> FastSae:
+def make_coder(
+    width: int, *, transcode: bool = False, seed: int = 5, latents: int = 40, d_in: int | None = None
+) -> FastSae:
     torch.manual_seed(seed)
-    coder = FastSae(width, (TranscoderConfig if transcode else SaeConfig)(num_latents=latents, k=4))
+    cfg = (TranscoderConfig if transcode else SaeConfig)(num_latents=latents, k=4)
+    coder = FastSae(d_in or width, cfg, d_out=width)
     with torch.no_grad():
         for parameter in coder.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.3)
@@ -70,6 +73,7 @@ CASES = [
     ("gpt2", "h.1.mlp.act", False),
     ("gpt2", "h.1.attn", False),  # a tuple
     ("gpt2", "h.2.mlp", True),
+    ("gpt2", "h.2.mlp.c_fc", True),  # two widths
     ("llama", "layers.0.self_attn", False),  # a tuple; its input comes as a keyword
     ("llama", "layers.1.self_attn", True),
     ("llama", "layers.1.mlp.act_fn", False),
@@ -84,7 +88,7 @@ def test_agrees_with_a_direct_float64_computation(architecture, hookpoint, trans
     seen = {}
     clean = direct_logits(model, ids, {hookpoint: lambda _x, y: y}, seen=seen)
     x, y = seen[hookpoint]
-    coder = make_coder(y.shape[-1], transcode=transcode)
+    coder = make_coder(y.shape[-1], transcode=transcode, d_in=x.shape[-1] if transcode else None)
     (row,) = evaluate({hookpoint: coder}, model, rows, EvalConfig(batch_size=4), progress=False).coders
 
     source = (x if transcode else y).flatten(0, 1)

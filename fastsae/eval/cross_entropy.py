@@ -21,7 +21,7 @@ def graft(coder: FastSae, kept: Tensor | None) -> Replacement:
     """The coder's output: of the module's output, or for a transcoder of its input; only at kept tokens."""
 
     def replace(x: Tensor | None, y: Tensor) -> Tensor:
-        return _only_at(kept, coder(coder_input(coder, x, y)).sae_out.to(y.dtype), y)
+        return _only_at(kept, coder(coder_input(coder, x, y), y).sae_out.to(y.dtype), y)
 
     return replace
 

@@ -124,7 +124,7 @@ class _Evaluator:
     def _measure(self, batch: Batch, sums: dict, name: str, x: Tensor | None, y: Tensor) -> None:
         for subject in self.subjects:
             if subject.hookpoint == name:
-                sums[subject[:2]].add(y, subject.coder(coder_input(subject.coder, x, y)), batch.kept)
+                sums[subject[:2]].add(y, subject.coder(coder_input(subject.coder, x, y), y), batch.kept)
 
     def _losses(self, batch: Batch, sums: dict, means: dict[str, Tensor]) -> None:
         """The model as it is, with activations measured on the way; then once for every replacement."""
