@@ -93,7 +93,7 @@ def test_agrees_with_a_direct_float64_computation(architecture, hookpoint, trans
 
     source = (x if transcode else y).flatten(0, 1)
     with torch.no_grad():
-        out = coder(source)
+        out = coder(source, y.flatten(0, 1))
     target = y.flatten(0, 1).double()
     mean = target.mean(0)
     fvu = ((target - out.sae_out.double()).square().sum() / (target - mean).square().sum()).item()
