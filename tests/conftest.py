@@ -10,7 +10,8 @@ for name in ("FORCE_COLOR", "NO_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE"):  #
     os.environ.pop(name, None)
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
-torch.set_num_threads(2)
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the processes that tests start
+torch.set_num_threads(1)  # tiny products: more threads would mostly wait for each other, and for other workers'
 
 import pytest  # noqa: E402
 
@@ -19,6 +20,14 @@ import pytest  # noqa: E402
 def device() -> str:
     """Where kernels run in this test session: the GPU if there is one, else the interpreter's CPU."""
     return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.fixture
+def two_threads():
+    """Products and reductions are cut in two."""
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(1)
 
 
 @pytest.fixture

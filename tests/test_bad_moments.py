@@ -13,13 +13,6 @@ BATCH_TOPK = {"sae": SaeConfig(activation="batchtopk", num_latents=64, k=4, matr
 CPU_SAYS = "[enforce fail at alloc_cpu.cpp:117] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to"
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(2)
-
-
 def make_trainer(tmp_path, model=None, **options) -> Trainer:
     values = {
         "sae": SaeConfig(num_latents=64, k=4), "batch_size": 4, "hookpoints": ("h.0", "h.1.mlp"), "lr": 0.01,

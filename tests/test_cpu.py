@@ -16,6 +16,8 @@ from fastsae_kernels.cpu_sampled import sampled_products
 from fastsae_kernels.testing import assert_no_worse, make_inputs
 from torch import Tensor
 
+pytestmark = pytest.mark.usefixtures("two_threads")
+
 SCREENS = [False, True]
 SHAPES = [  # N, D, L, k
     (1, 1, 1, 1),

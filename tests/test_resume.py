@@ -10,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from datasets import Dataset
@@ -18,6 +19,7 @@ from models import make_model, token_rows
 from fastsae import FastSae, SaeConfig, TrainConfig, Trainer, training_state
 from fastsae.errors import ArtifactError, CheckpointError, ConfigError
 from fastsae.interrupt import Interrupted
+from fastsae.memmap import MemmapTokens
 from fastsae.rows import MapRows, RowSource
 from fastsae.stream import TokenStream
 from fastsae.tracking import Tracker
@@ -71,14 +73,6 @@ def resumed(trainer: Trainer, run: Path) -> Path:
     trainer.resume(run)
     assert trainer.fit(progress=False).folder == run
     return run
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    """Tiny products: two threads would mostly wait for each other."""
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(2)
 
 
 @pytest.fixture(scope="module")
@@ -138,6 +132,17 @@ def test_a_stream_goes_on_where_it_was_though_it_was_read_ahead(tmp_path, uninte
     whole = uninterrupted(stream())
     run = stopped(make_trainer(tmp_path, stream()), 3)
     assert files(resumed(make_trainer(tmp_path, stream()), run)) == whole
+
+
+def test_a_memory_map_goes_on_where_it_was(tmp_path, uninterrupted):
+    path = tmp_path / "tokens.bin"
+    np.stack([row["input_ids"].numpy() for row in token_rows(42, 8)]).astype(np.uint16).tofile(path)
+
+    def mapped() -> MemmapTokens:
+        return MemmapTokens(path, 8, "uint16").shuffle(5)
+
+    run = stopped(make_trainer(tmp_path, mapped()), 3)
+    assert files(resumed(make_trainer(tmp_path, mapped()), run)) == uninterrupted(mapped())
 
 
 def test_a_damaged_state_is_refused_by_name_and_the_one_before_is_used(tmp_path, uninterrupted, caplog):

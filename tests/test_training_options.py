@@ -14,13 +14,6 @@ from fastsae.errors import CheckpointError, ConfigError, HookpointError
 from fastsae.optim import active_latents, apply_gradients, make_optimizer
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(2)
-
-
 def make_trainer(tmp_path, rows=None, **options) -> Trainer:
     values = {
         "sae": SaeConfig(num_latents=64, k=4), "batch_size": 4, "hookpoints": ("h.0", "h.1.mlp"), "lr": 0.01,
