@@ -8,8 +8,8 @@ import pytest
 ROOT = Path(__file__).parents[1]
 FLOORS = {
     "fastsae_kernels": [
-        "keys ranks configs tuning reference cpu_sampled gemm_tile by_latent rules",
-        "cpu_select split",
+        "keys ranks configs tuning reference cpu_sampled cpu_bound gemm_tile by_latent rules",
+        "cpu_select cpu_candidates split",
         "auxk batch_topk",
         "encoder_choice groupmax decode cpu_screen step_parts",
         "select act_grad cpu reference_step dense_step prefixes",
