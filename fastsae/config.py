@@ -6,6 +6,7 @@ The sentences are read back by :func:`fastsae.fields.field_docs` for ``--help``,
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -73,6 +74,13 @@ class SaeConfig:
         self.check_latents(num_latents)
         return num_latents
 
+    def k_aux_for(self, width: int) -> int:
+        """Dead latents that AuxK takes per token on a reconstruction of ``width``.
+
+        The power of two closest to half of it (Gao et al. 2024, arXiv 2406.04093, appendix A.2: 512 for GPT-2's 768).
+        """
+        return 2 ** max(0, round(math.log2(width / 2)))
+
     def output_width(self, d_in: int, d_out: int | None) -> int:
         """``d_out``, by default ``d_in``; raises :class:`ConfigError` for an autoencoder with two widths."""
         if d_out is None or d_out == d_in:
@@ -135,11 +143,11 @@ class TrainConfig:
     loss_fn: Literal["fvu", "ce", "kl"] = "fvu"
     """What is lowered: fvu, or of the model with coders in it the cross-entropy (ce) or KL from that without (kl)."""
 
-    optimizer: Literal["adam", "adam8bit", "signum", "bnb_adam8bit"] = "adam"
-    """The optimizer; adam8bit keeps its moments in 8 bits, signum is schedule-free and has no warm-up."""
+    optimizer: Literal["adam", "adam8bit", "signum", "muon", "bnb_adam8bit"] = "adam"
+    """The optimizer; adam8bit keeps its moments in 8 bits, signum is schedule-free, muon makes updates orthogonal."""
 
     lr: float | None = None
-    """Learning rate; by default 2e-4 (signum: 5e-3) / sqrt(latents / 2**14)."""
+    """Learning rate; by default 2e-4 (signum: 5e-3) / sqrt(latents / 2**14), for muon 2e-3."""
 
     max_grad_norm: float | None = None
     """Scale each coder's gradient down to this norm in every step; by default it is left as it is."""
@@ -272,6 +280,11 @@ class TrainConfig:
             raise ConfigError("distribute_latents: expected topk with Multi-TopK, got groupmax; drop --multi-topk")
         if self.optimizer == "bnb_adam8bit":
             raise ConfigError("distribute_latents: expected another optimizer, got bnb_adam8bit; use adam8bit")
+        if self.optimizer == "muon":
+            raise ConfigError(
+                "distribute_latents: expected another optimizer, got muon, whose update of a row depends on all rows; "
+                "use adam, or --distribute-modules"
+            )
 
     def _check_end_to_end(self) -> None:
         for name, plain, way_out in (

@@ -59,7 +59,7 @@ def joint_step(
     if coder.cfg.multi_topk and coder.cfg.activation != "topk":
         return _autograd_step(coder, x, y, variance, cfg, dead, share)
     assert coder.W_dec is not None
-    k_aux = max(1, coder.d_in // 2)
+    k_aux = coder.cfg.k_aux_for(coder.d_out)
     multi_k = min(4 * k, coder.all_latents) if coder.cfg.multi_topk else 0
     prefixes = coder.cfg.prefixes_for(coder.num_latents)
     loss = Loss(variance, multi_k if multi_k > k else 0, dead, k_aux, cfg.auxk_alpha, share, num_dead, prefixes)

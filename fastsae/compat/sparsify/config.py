@@ -18,7 +18,10 @@ logger = logging.getLogger("fastsae")
 
 @dataclass(frozen=True)
 class SparseCoderConfig(config.SaeConfig):
-    """:class:`fastsae.SaeConfig` with sparsify's ``from_dict``."""
+    """:class:`fastsae.SaeConfig` with sparsify's ``from_dict``, and its number of latents for AuxK."""
+
+    def k_aux_for(self, width: int) -> int:
+        return max(1, width // 2)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], drop_extra_fields: bool | None = None) -> SparseCoderConfig:
