@@ -24,6 +24,9 @@ if TYPE_CHECKING:
     from .eval.result import Evaluation
     from .hooks import resolve_hookpoints
     from .model import load_language_model, load_model, load_tokenizer
+    from .planning.config import PlanConfig
+    from .planning.make import plan
+    from .planning.result import Plan
     from .progress import RunSummary
     from .run_config import RunConfig
     from .sae import FastSae, ForwardOutput
@@ -37,6 +40,8 @@ _HOME = {
     "FastSae": "sae",
     "FastsaeError": "errors",
     "ForwardOutput": "sae",
+    "Plan": "planning.result",
+    "PlanConfig": "planning.config",
     "RunConfig": "run_config",
     "RunSummary": "progress",
     "SaeConfig": "config",
@@ -48,6 +53,7 @@ _HOME = {
     "load_model": "model",
     "load_tokenizer": "model",
     "load_tokens": "data",
+    "plan": "planning.make",
     "resolve_hookpoints": "hooks",
     "strongest_latents": "encode",
     "tokenize": "tokens",
@@ -61,6 +67,8 @@ __all__ = [
     "FastSae",
     "FastsaeError",
     "ForwardOutput",
+    "Plan",
+    "PlanConfig",
     "RunConfig",
     "RunSummary",
     "SaeConfig",
@@ -73,6 +81,7 @@ __all__ = [
     "load_model",
     "load_tokenizer",
     "load_tokens",
+    "plan",
     "resolve_hookpoints",
     "strongest_latents",
     "tokenize",

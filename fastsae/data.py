@@ -15,10 +15,11 @@ from datasets import IterableDataset
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from .errors import ArtifactError
+from .hub import looks_local
 from .memmap import SUFFIX, MemmapTokens
 from .rows import token_ids
 from .run_config import RunConfig
-from .sources import load_data
+from .sources import is_saved, load_data
 from .stream import TokenStream, first_row, readable
 from .tokens import (
     DOCUMENTS_PER_BATCH,
@@ -68,6 +69,27 @@ def load_tokens(
         raise ArtifactError("dataset: expected at least one row, got an empty dataset")
     data = data.shuffle(seed=run.shuffle_seed).with_format("torch")
     return data.select(range(min(len(data), _limit(run, _row_length(data[0], config)))))
+
+
+def foresee_rows(name: str, run: RunConfig, config: PreTrainedConfig) -> tuple[int | None, int, bool]:
+    """(rows, tokens in each, whether they are just as many) of what :func:`load_tokens` would give.
+
+    Nothing is tokenised or downloaded: what has to be counts as the most that ``run``'s limits allow, None without any.
+    """
+    path = Path(name).expanduser()
+    if name.endswith(SUFFIX):
+        rows = _load_memmap(name, run, config)
+        return len(rows), len(rows[0]["input_ids"]), True
+    if looks_local(name) and not path.exists():
+        load_data(name, run)  # says what is wrong
+    if is_saved(path) and not run.streaming:
+        data: Any = load_data(name, run)
+        if "input_ids" in data.column_names and len(data):
+            length = _row_length(data[0], config)
+            return min(len(data), _limit(run, length)), length, True
+    length = context_length(run.ctx_len, None, config)
+    limit = _limit(run, length)
+    return (None if limit == sys.maxsize else limit), length, False
 
 
 def _load_memmap(name: str, run: RunConfig, config: PreTrainedConfig) -> MemmapTokens:

@@ -32,8 +32,7 @@ class ErrorSums:
     def add(self, y: Tensor, out: ForwardOutput, kept: Tensor | None = None) -> None:  # [B, S, D], bool [B, S]
         """Count a batch; ``kept`` says which tokens count, by default all."""
         if self._centre is None:
-            tokens = exact(y.flatten(0, 1) if kept is None else y[kept])
-            self._centre = tokens.mean(0) if len(tokens) else None
+            self._centre = _mean(y.flatten(0, 1) if kept is None else y[kept])
         sums = torch.zeros(4, len(y), dtype=torch.float64)
         step = max(1, CHUNK // (len(y) * y.shape[2]))
         for begin in range(0, y.shape[1], step):
@@ -72,6 +71,12 @@ class ErrorSums:
             return {"fvu": float("nan"), "l0": float("nan")}
         variance = squares - float(self._offset.square().sum()) / tokens
         return {"fvu": errors / variance, "l0": active / tokens}
+
+
+def _mean(tokens: Tensor) -> Tensor | None:  # [N, D] -> float64 [D]
+    """None of no tokens."""
+    parts = tokens.split(max(1, CHUNK // max(1, tokens.shape[1])))
+    return torch.stack([exact(part).sum(0) for part in parts]).sum(0) / len(tokens) if len(tokens) else None
 
 
 def exact(values: Tensor) -> Tensor:

@@ -70,12 +70,42 @@ def load_model(name: str, run: RunConfig) -> PreTrainedModel:
     config = load_config(name, run)
     logger.info("loading %s in %s on %s", name, _precision(options), device)
     model = _from_pretrained(_encoder_class(config) or AutoModel, name, run, "model", **options)
+    _refuse_encoder_decoder(model, config)
+    return _placed(model, device, run)
+
+
+def empty_model(name: str, run: RunConfig, dtype: torch.dtype, *, with_head: bool = False) -> PreTrainedModel:
+    """What :func:`load_model`, or ``with_head`` :func:`load_language_model`, gives, with new weights in place of saved.
+
+    Only config.json is read. Under torch's FakeTensorMode the weights take no memory.
+    """
+    config = load_config(name, run)
+    if with_head and not is_causal(config):
+        raise ArtifactError(f"model: expected a causal language model, got {name!r}, of type {config.model_type}")
+    options: dict[str, Any] = {"dtype": dtype}
+    if run.attn_implementation is not None:
+        options["attn_implementation"] = run.attn_implementation
+    encoder = None if with_head else _encoder_class(config)
+    try:
+        if encoder is not None:
+            model = encoder._from_config(config, **options)
+        else:
+            model = (AutoModelForCausalLM if with_head else AutoModel).from_config(config, **options)
+    except (ValueError, ImportError, RuntimeError, KeyError, TypeError) as error:
+        raise ArtifactError(
+            f"model: expected a config.json that transformers makes a model of, got {name!r}: "
+            f"{str(error).strip().splitlines()[0]}"
+        ) from None
+    _refuse_encoder_decoder(model, config)
+    return model.eval().requires_grad_(False)
+
+
+def _refuse_encoder_decoder(model: PreTrainedModel, config: PreTrainedConfig) -> None:
     if config.is_encoder_decoder:
         raise ArtifactError(
             f"model: expected a causal or encoder model, got {type(model).__name__}, an encoder-decoder; "
             "save its encoder alone (T5EncoderModel.from_pretrained(...).save_pretrained(FOLDER)) and name that folder"
         )
-    return _placed(model, device, run)
 
 
 def load_language_model(name: str, run: RunConfig) -> PreTrainedModel:

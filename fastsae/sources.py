@@ -35,7 +35,7 @@ def load_data(name: str, run: RunConfig) -> Dataset | IterableDataset:
     if path.is_file():
         return _load_files(_builder(path), [path], run)
     if path.is_dir():
-        if (path / "state.json").exists() or (path / "dataset_dict.json").exists():
+        if is_saved(path):
             return _load_saved(path, name, run)
         files = sorted(file for file in path.rglob("*") if file.suffix in _BUILDERS and file.is_file())
         builders = {_builder(file) for file in files}
@@ -50,6 +50,11 @@ def load_data(name: str, run: RunConfig) -> Dataset | IterableDataset:
             f"dataset: expected a file, a folder or a hub id, got {name!r}, which does not exist here{close_by(name)}"
         )
     return _load_hub(name, run)
+
+
+def is_saved(path: Path) -> bool:
+    """Whether ``path`` is a ``save_to_disk`` folder."""
+    return (path / "state.json").is_file() or (path / "dataset_dict.json").is_file()
 
 
 def _builder(path: Path) -> str:

@@ -173,7 +173,7 @@ def test_chunks_do_not_change_the_result(monkeypatch):
     x, weight, bias = integers(37, 8, 800)
     whole = [cpu.encode(x, weight, bias, 9, screen=screen) for screen in SCREENS]
     monkeypatch.setattr(cpu, "SCRATCH", 5 * 800 * 4)
-    assert cpu._chunk(torch.float32, 37, 800) == 5
+    assert cpu.chunk_rows(torch.float32, 37, 800) == 5
     for screen, expected in zip(SCREENS, whole, strict=True):
         assert_same(cpu.encode(x, weight, bias, 9, screen=screen), expected)
 

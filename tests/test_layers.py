@@ -8,14 +8,14 @@ import pytest
 ROOT = Path(__file__).parents[1]
 FLOORS = {
     "fastsae_kernels": [
-        "keys ranks configs tuning reference cpu_sampled cpu_bound gemm_tile by_latent rules",
+        "keys ranks configs tuning reference cpu_sampled cpu_bound gemm_tile by_latent rules step_sizes",
         "cpu_select cpu_candidates split",
         "auxk batch_topk",
         "encoder_choice groupmax decode cpu_screen step_parts",
         "select act_grad cpu reference_step dense_step prefixes",
         "resolve latent_grad cpu_step row_update",
-        "encode",
-        "launch latent_step update",
+        "encode cpu_memory gpu_memory",
+        "launch latent_step update reference_memory",
         "autograd step",
         "varying",
         "__init__",
@@ -37,7 +37,7 @@ FLOORS = {
         "train_step",
         "trainer eval encode push",
         "report activation_cache",
-        "run bench compat.sparsify",
+        "run bench compat.sparsify planning",
         "resume_run",
         "cli __init__",
         "__main__",
@@ -72,7 +72,16 @@ FLOORS = {
         "strategies",
     ],
     "report": ["__init__ config codes curves lens", "latents page", "run"],
-    "cli": ["app", "train look convert", "__init__"],
+    "planning": [
+        "__init__ config live_bytes",
+        "structure kept work layout",
+        "disk",
+        "result",
+        "memory table",
+        "make",
+        "run",
+    ],
+    "cli": ["app", "train plan look convert", "__init__"],
 }
 WITHIN = {
     "bench": ["fastsae"],
@@ -83,6 +92,7 @@ WITHIN = {
     "report": ["fastsae"],
     "distributed": ["fastsae"],
     "activation_cache": ["fastsae"],
+    "planning": ["fastsae"],
     "cli": ["fastsae"],
 }
 PACKAGES = {
@@ -96,13 +106,14 @@ PACKAGES = {
     "report": ROOT / "fastsae/report",
     "distributed": ROOT / "fastsae/distributed",
     "activation_cache": ROOT / "fastsae/activation_cache",
+    "planning": ROOT / "fastsae/planning",
     "cli": ROOT / "fastsae/cli",
 }
 KERNELS_MAY_IMPORT = {
     *("__future__", "torch", "triton", "typing", "os", "functools", "math", "dataclasses", "collections"),
     *("contextlib", "types", "json", "logging", "pathlib", "tempfile", "threading", "warnings"),
 }
-MAY_IMPORT_KERNELS = {"ops.py", "row_optimizer.py", "bench/cases.py"}
+MAY_IMPORT_KERNELS = {"ops.py", "row_optimizer.py", "bench/cases.py", "planning/work.py"}
 MAY_IMPORT_HUGGING_FACE = {
     *("hooks.py", "run.py", "model.py", "trainer.py", "train_step.py", "coders.py", "cli/app.py", "demo/build.py"),
     *("activations.py", "data.py", "sources.py", "stream.py", "tokens.py", "eval/evaluate.py", "eval/tokens.py"),

@@ -15,7 +15,7 @@ from ..version import __version__
 from .app import CONFIGS, OPTIONS, app, escape, speaker
 
 # isort: off
-from . import train, look, convert  # noqa: F401  (commands register themselves, in the order of --help)
+from . import train, plan, look, convert  # noqa: F401  (commands register themselves, in the order of --help)
 # isort: on
 
 __all__ = ["CONFIGS", "OPTIONS", "app", "main"]

@@ -14,6 +14,7 @@ from ..activation_cache.config import CacheConfig
 from ..bench.shapes import BenchConfig
 from ..config import EncodeConfig, SaeConfig, TrainConfig
 from ..eval.config import EvalConfig
+from ..planning.config import PlanConfig
 from ..report.config import ReportConfig
 from ..run_config import RunConfig
 
@@ -35,6 +36,7 @@ OPTIONS = {
     "encode": (EncodeConfig, RunConfig),
     "report": (ReportConfig, RunConfig),
     "cache": (CacheConfig, RunConfig),
+    "plan": (PlanConfig, *CONFIGS),
 }
 """The configs behind each command's options."""
 

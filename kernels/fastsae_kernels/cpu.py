@@ -57,7 +57,7 @@ def encode(
 
 def _encode_exact(x, weight, bias, k, activation, latent_mask) -> tuple[Tensor, Tensor]:
     top_acts, top_indices = x.new_empty(len(x), k), torch.empty(len(x), k, dtype=torch.int64)
-    rows = _chunk(x.dtype, len(x), len(weight))
+    rows = chunk_rows(x.dtype, len(x), len(weight))
     scratch = x.new_empty(rows, len(weight))
     for start in range(0, len(x), rows):
         part = slice(start, min(start + rows, len(x)))
@@ -71,7 +71,7 @@ def _encode_exact(x, weight, bias, k, activation, latent_mask) -> tuple[Tensor, 
 
 
 def _encode_screened(x, weight, bias, k) -> tuple[Tensor, Tensor]:
-    rows = _chunk(torch.bfloat16, len(x), len(weight))
+    rows = chunk_rows(torch.bfloat16, len(x), len(weight))
     top_acts, top_indices, certified = cpu_screen.screened_topk(x, weight, bias, k, rows)
     rest = (~certified).nonzero()[:, 0]
     if len(rest):
@@ -88,7 +88,7 @@ def _encode_subset(x, weight, bias, k, allowed, screen) -> tuple[Tensor, Tensor]
     return fill_zeros(top_acts, top_indices)
 
 
-def _chunk(dtype: torch.dtype, N: int, num_latents: int) -> int:
+def chunk_rows(dtype: torch.dtype, N: int, num_latents: int) -> int:
     """Tokens per chunk: equal chunks whose scores take at most SCRATCH bytes."""
     most = max(1, SCRATCH // (dtype.itemsize * num_latents))
     return max(1, -(-N // -(-max(1, N) // most)))

@@ -30,9 +30,9 @@ def candidates(scores: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
         return scores, torch.arange(num_latents).expand(n, -1), scores.new_full((n,), -torch.inf)
     maxima = scores[:, : width * GROUP].unflatten(1, (GROUP, width)).amax(1)  # [n, L / GROUP]
     top, groups = maxima.topk(count + 1, dim=1)
-    members = groups[:, None, :-1] + torch.arange(0, width * GROUP, width)[:, None]  # [n, GROUP, count]
-    rest = torch.arange(width * GROUP, num_latents).expand(n, -1)
-    columns = torch.cat([members.flatten(1), rest], 1)
+    columns = (groups[:, None, :-1] + torch.arange(0, width * GROUP, width)[:, None]).flatten(1)  # [n, GROUP · count]
+    if width * GROUP < num_latents:
+        columns = torch.cat([columns, torch.arange(width * GROUP, num_latents).expand(n, -1)], 1)
     return scores.gather(1, columns), columns, top[:, -1]
 
 

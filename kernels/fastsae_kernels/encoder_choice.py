@@ -60,8 +60,13 @@ def choose_encoder(
             f"fused encoder: expected k <= {configs.MAX_FUSED_K} and at most {configs.MAX_GROUPS * config.GROUP} "
             f"latents, got k = {k}, {L} latents; use path='chunked'"
         )
-    if path != "auto":
-        return path
+    return path if path != "auto" else choose_for_family(D, L, k, dtype, family, activation)
+
+
+def choose_for_family(D: int, L: int, k: int, dtype: torch.dtype, family: str, activation: str = "topk") -> str:
+    """The cheaper of the two on GPUs of a ``family`` (``configs.gpu_family``), of those that can do the shape."""
+    num_groups = configs.default_encode(D, L, dtype, family).num_groups(L)
+    fits = (k <= configs.MAX_FUSED_K and num_groups <= configs.MAX_GROUPS) or activation == "groupmax"
     if not fits or (dtype == torch.float32 and family not in ("gfx942", "interpreter")):
         return "chunked"  # float32 products have no matrix units on NVIDIA, where the vendor's kernel is better
     if activation == "groupmax" and L // k < configs.default_groupmax(dtype, family).BLOCK_L:
@@ -70,7 +75,8 @@ def choose_encoder(
         return "chunked"  # crowded groups mean re-scoring most of the row
     if family == "interpreter":
         return "fused"
-    return "fused" if _fused_seconds(D, L, k, config.GROUP, family) <= _chunked_seconds(D, L, family) else "chunked"
+    group = configs.default_encode(D, L, dtype, family).GROUP
+    return "fused" if _fused_seconds(D, L, k, group, family) <= _chunked_seconds(D, L, family) else "chunked"
 
 
 def _fused_seconds(D: int, L: int, k: int, group: int, family: str) -> float:

@@ -134,6 +134,7 @@ def deliver(blocks: Iterable[RowGrads], coder: Coder, aux: AuxGrads | None, sink
         if coder.centered:
             through += block.db_enc @ coder.weight[block.begin : block.end].to(block.db_enc.dtype)
         sink.rows(block.begin, block.end, block.dW_enc, block.dW_dec)
+        del block  # else it would be there beside the next one
     return torch.cat(biases), through
 
 

@@ -1,0 +1,95 @@
+"""What a plan says: numbers, in bytes, tokens and seconds."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+from .disk import Disk
+from .kept import Kept
+
+
+@dataclass(frozen=True)
+class CoderPlan:
+    """One coder of the run."""
+
+    name: str
+    module: str
+    """Class of the module that it sits on."""
+    d_in: int
+    d_out: int
+    num_latents: int
+    k: int
+    parameters: int
+    kept: Kept
+    """Bytes of the whole coder, on however many ranks it lies."""
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on the device that holds the most."""
+
+    model: int
+    kept: Kept
+    """Of the coders there, or parts of them."""
+    buffers: int
+    """What else stays: tokens held to be shuffled, memory kept for the next step's products."""
+    activations: int
+    """Of the model's forward at the peak."""
+    step: int
+    """What the work at the peak makes for itself."""
+    peak: int
+    when: str
+    """What is going on at the peak."""
+    available: int | None
+    """What there is; None: unknown."""
+
+    @property
+    def fits(self) -> bool | None:
+        """None where nobody knows."""
+        return None if self.available is None else self.peak <= self.available
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """How much a run trains on."""
+
+    per_sequence: int
+    sequences: int | None
+    """To train on, over all ranks; None: not known before the data is read."""
+    held_out: int
+    exact: bool
+    """Else at most so many."""
+    total: int | None
+    steps: int | None
+    """Optimizer steps."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run will need and take."""
+
+    model: str
+    dataset: str
+    device: str
+    dtype: str
+    """The model's."""
+    implementation: str
+    mode: str
+    ranks: int
+    model_kind: str
+    """The model's class."""
+    model_parameters: int
+    coders: tuple[CoderPlan, ...]
+    memory: Memory
+    disk: Disk
+    tokens: Tokens
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        values = dataclasses.asdict(self)
+        values["memory"] |= {"kept": self.memory.kept._asdict(), "fits": self.memory.fits}
+        for coder, plan in zip(values["coders"], self.coders, strict=True):
+            coder["kept"] = plan.kept._asdict()
+        return values
