@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from .activation_cache.training import training_data
     from .config import SaeConfig, TrainConfig, TranscoderConfig
     from .data import load_tokens
+    from .distributed.world import joined
     from .encode import strongest_latents
     from .errors import FastsaeError
     from .eval.config import EvalConfig
@@ -49,6 +50,7 @@ _HOME = {
     "Trainer": "trainer",
     "TranscoderConfig": "config",
     "evaluate": "eval.evaluate",
+    "joined": "distributed.world",
     "load_language_model": "model",
     "load_model": "model",
     "load_tokenizer": "model",
@@ -77,6 +79,7 @@ __all__ = [
     "TranscoderConfig",
     "__version__",
     "evaluate",
+    "joined",
     "load_language_model",
     "load_model",
     "load_tokenizer",

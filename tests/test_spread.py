@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -34,16 +35,19 @@ def launch(ranks: int, *arguments: str) -> None:
 
 
 def launch_worker(name: str, ranks: int, *arguments: str) -> None:
-    worker = Path(__file__).with_name(name)
-    done = subprocess.run(
-        [
-            sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), str(worker),
-            *arguments,
-        ],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)},
-        capture_output=True, text=True, timeout=180,
-    )  # fmt: skip
+    command, environment = worker_command(name, ranks, *arguments), worker_environment()
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=180)
     assert done.returncode == 0, done.stderr[-4000:]
+
+
+def worker_command(name: str, ranks: int, *arguments: str, agent: Sequence[str] = ("--standalone",)) -> list[str]:
+    """torchrun of the script ``name`` beside this one, in ``ranks`` processes."""
+    start = [sys.executable, "-m", "torch.distributed.run", *agent, "--nproc-per-node", str(ranks)]
+    return [*start, str(Path(__file__).with_name(name)), *arguments]
+
+
+def worker_environment() -> dict[str, str]:
+    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
 
 
 @pytest.fixture(scope="module")

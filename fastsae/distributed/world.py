@@ -173,7 +173,15 @@ def joined(device: str | None = None) -> Iterator[World]:
 
 
 def current() -> World:
-    """The world that :func:`joined` or a program of its own made; of one process where there is none."""
+    """The world that :func:`joined` or a program of its own made; of one process where torchrun started none.
+
+    Raises :class:`ConfigError` in one of several processes that has not joined the others: each would train alone.
+    """
+    if launched() and not (dist.is_available() and dist.is_initialized()):
+        raise ConfigError(
+            f"expected one of the {os.environ['WORLD_SIZE']} processes that torchrun started to have joined the "
+            "others, got one that has not; make and fit the Trainer inside: with fastsae.joined(): ..."
+        )
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
         return World()
     for name, timeout in () if _GROUPS else (("host", TIMEOUT), ("patient", PATIENCE)):
