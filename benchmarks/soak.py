@@ -84,10 +84,11 @@ class Soak:
             }  # fmt: skip
             options += [text for key, value in numbers.items() for text in (f"--{key}", str(value))]
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(self.ranks)]
-        return subprocess.Popen(
-            [*command, "-m", "fastsae", "train", *options], env={**os.environ, "OMP_NUM_THREADS": "1"},
-            stdout=subprocess.DEVNULL, stderr=(self.folder / f"{name}.log").open("ab"), start_new_session=True,
-        )  # fmt: skip
+        with (self.folder / f"{name}.log").open("ab") as log:
+            return subprocess.Popen(
+                [*command, "-m", "fastsae", "train", *options], env={**os.environ, "OMP_NUM_THREADS": "1"},
+                stdout=subprocess.DEVNULL, stderr=log, start_new_session=True,
+            )  # fmt: skip
 
     def _kill(self, agent: subprocess.Popen[bytes], run: Path) -> None:
         """At a random step of what is left, or of nothing, in one of three ways."""
