@@ -22,6 +22,12 @@ class PlanConfig:
     ranks: int = 1
     """Processes (torchrun) to plan for, one per device."""
 
+    bench: str | None = None
+    """File that fastsae bench --json wrote on the device that will train: the speed is worked out from it."""
+
+    measure: bool = False
+    """Take a few steps on this machine, with random weights, to know the speed."""
+
     json: bool = False
     """Print JSON instead of tables."""
 
@@ -29,6 +35,8 @@ class PlanConfig:
         check_types(self)
         require(self.ranks >= 1, "ranks", "at least 1", self.ranks)
         self.memory_bytes()
+        if self.measure and self.bench is not None:
+            raise ConfigError("expected measure or bench, got both; drop one of them")
 
     def memory_bytes(self) -> int | None:
         """``memory`` in bytes."""

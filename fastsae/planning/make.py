@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 
 import torch
 
@@ -17,14 +18,22 @@ from ..ops import resolve
 from ..rows import held_out_sequences
 from ..run_config import RunConfig
 from ..sources import DEFAULT_DATASET
+from .advice import advise
 from .config import PlanConfig
 from .disk import disk
-from .kept import Kept, kept
+from .kept import FLOAT, Kept
 from .layout import layout
-from .memory import Situation, in_place, memory
+from .measure import measured_speed
+from .memory import Situation, memory
 from .result import CoderPlan, Plan, Tokens
+from .speed import speed_from_bench
 from .structure import look_at_model
 from .work import Work
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None
 
 logger = logging.getLogger("fastsae")
 
@@ -52,16 +61,21 @@ def plan(
     lies = layout(cfg, specs, planned.ranks)
     situation = Situation(
         cfg, structure, specs, lies, Work(implementation, dtype, cfg), tokens.per_sequence, tokens.held_out,
-        device.type == "cuda",
+        0 if device.type == "cuda" else process_memory(), device.type == "cuda",
     )  # fmt: skip
     coders = tuple(_coder(name, spec, situation) for name, spec in specs.items())
     whole = sum((coder.kept for coder in coders), Kept())
     saves = 1 + ((tokens.steps or cfg.save_every + 1) - 1) // cfg.save_every
+    needed = memory(situation, planned.memory_bytes() or device_memory(device))
+    speed = None
+    if planned.measure:
+        speed = measured_speed(model, run, situation, needed)
+    elif planned.bench is not None:
+        speed = speed_from_bench(planned.bench, situation)
     return Plan(
         model, dataset, str(device), str(dtype).removeprefix("torch."), implementation, lies.mode, planned.ranks,
-        structure.kind, structure.parameters, coders,
-        memory(situation, planned.memory_bytes() or device_memory(device)),
-        disk(whole, max(coder.kept.weights for coder in coders), cfg, saves), tokens,
+        structure.kind, structure.parameters, coders, needed,
+        disk(whole, max(coder.kept.weights for coder in coders), cfg, saves), tokens, speed, advise(situation, needed),
     )  # fmt: skip
 
 
@@ -90,6 +104,13 @@ def device_memory(device: torch.device) -> int | None:
         return None
 
 
+def process_memory() -> int:
+    """Bytes that this process has taken at most: Python and the libraries that a run needs, for it holds no tensors."""
+    if resource is None:
+        return 0
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
 def count_tokens(cfg: TrainConfig, model: str, dataset: str, run: RunConfig, ranks: int) -> Tokens:
     """How much there is to train on, as far as it is known before anything is tokenised or downloaded."""
     rows, length, exact = foresee_rows(dataset, run, load_config(model, run))
@@ -108,9 +129,5 @@ def _batches(rows: int, cfg: TrainConfig, ranks: int) -> int:
 
 
 def _coder(name: str, spec: CoderSpec, s: Situation) -> CoderPlan:
-    low = s.work.dtype if s.pinned and s.work.dtype.itemsize < 4 else None
-    bytes_ = kept(spec, spec.num_latents, s.cfg, in_place=in_place(s), low=low)
-    at = s.structure.hookpoints[name.partition("/")[0]]
-    return CoderPlan(
-        name, at.module, spec.d_in, spec.d_out, spec.num_latents, spec.sae.k, bytes_.weights // 4, bytes_
-    )  # fmt: skip
+    kept, at = s.coder_bytes(name, spec.num_latents), s.structure.hookpoints[name.partition("/")[0]]
+    return CoderPlan(name, at.module, spec.d_in, spec.d_out, spec.num_latents, spec.sae.k, kept.weights // FLOAT, kept)

@@ -34,33 +34,36 @@ class Situation:
     """Per sequence."""
     held_out: int
     """Sequences."""
-    pinned: bool = False
-    """On a GPU, where the optimizer keeps narrow copies of the matrices."""
+    process: int = 0
+    """Bytes that Python and its libraries take beside all tensors, on the same device."""
+    on_gpu: bool = False
+    """Where the optimizer keeps narrow copies of the matrices."""
+
+    @property
+    def in_place(self) -> bool:
+        """Whether matrices take their step inside the backward pass."""
+        calls = max(at.calls for at in self.structure.hookpoints.values())
+        return takes_step_in_place(self.cfg, calls, fuses=self.layout.fuses, parts=self.cfg.micro_acc_steps)
+
+    def coder_bytes(self, name: str, latents: int) -> Kept:
+        """What the coder of that name, or so many latents of it, keeps."""
+        low = self.work.dtype if self.on_gpu and self.work.dtype.itemsize < FLOAT else None
+        return kept(self.specs[name], latents, self.cfg, in_place=self.in_place, low=low)
 
 
 def memory(situation: Situation, available: int | None) -> Memory:
     """On the device that holds the most."""
     s, held = situation, situation.layout.heaviest
-    stays = sum((_kept(s, name, latents) for name, latents in held.items()), Kept())
+    stays = sum((s.coder_bytes(name, latents) for name, latents in held.items()), Kept())
     buffers = max((s.work.scratch(s.specs[name], latents, _rows(s)) for name, latents in held.items()), default=0)
     buffers += _token_buffers(s, held)
     moments = list(_moments(s, held, stays.weights))
     when, activations, step = max(moments, key=lambda moment: moment[1] + moment[2])
     base = s.structure.weight_bytes + stays.total + buffers
     return Memory(
-        s.structure.weight_bytes, stays, buffers, activations, step, base + activations + step, when, available
-    )
-
-
-def in_place(s: Situation) -> bool:
-    """Whether matrices take their step inside the backward pass."""
-    calls = max(at.calls for at in s.structure.hookpoints.values())
-    return takes_step_in_place(s.cfg, calls, fuses=s.layout.fuses, parts=s.cfg.micro_acc_steps)
-
-
-def _kept(s: Situation, name: str, latents: int) -> Kept:
-    low = s.work.dtype if s.pinned and s.work.dtype.itemsize < FLOAT else None
-    return kept(s.specs[name], latents, s.cfg, in_place=in_place(s), low=low)
+        s.structure.weight_bytes, stays, buffers, activations, step, base + activations + step, when, s.process,
+        available,
+    )  # fmt: skip
 
 
 def _rows(s: Situation) -> int:
@@ -90,7 +93,7 @@ def _moments(s: Situation, held: Mapping[str, int], weights: int) -> Iterator[tu
     for name, latents in held.items():
         hookpoint, spec = name.partition("/")[0], s.specs[name]
         copies = _copies(s, hookpoint)
-        step = s.work.step(spec, latents, _rows(s), s.cfg.micro_acc_steps, in_place=in_place(s))
+        step = s.work.step(spec, latents, _rows(s), s.cfg.micro_acc_steps, in_place=s.in_place)
         late = s.layout.mode == "distribute-modules"  # trained after the forward, when its activations are gone
         yield f"training {name}", 0 if late else forward.held(hookpoint, B), copies + step
         if rest:

@@ -42,13 +42,15 @@ class Memory:
     peak: int
     when: str
     """What is going on at the peak."""
+    process: int
+    """Of Python and its libraries, which the peak leaves out; 0 on a GPU."""
     available: int | None
     """What there is; None: unknown."""
 
     @property
     def fits(self) -> bool | None:
         """None where nobody knows."""
-        return None if self.available is None else self.peak <= self.available
+        return None if self.available is None else self.peak + self.process <= self.available
 
 
 @dataclass(frozen=True)
@@ -64,6 +66,38 @@ class Tokens:
     total: int | None
     steps: int | None
     """Optimizer steps."""
+
+
+@dataclass(frozen=True)
+class Speed:
+    """How fast a run goes."""
+
+    tokens_per_second: float
+    """Of one process."""
+    source: str
+    """Where the number comes from."""
+
+
+@dataclass(frozen=True)
+class Change:
+    """Something that makes a run fit."""
+
+    what: str
+    """Options of ``fastsae train``, or words."""
+    peak: int
+    """Bytes per device with it."""
+
+
+@dataclass(frozen=True)
+class Advice:
+    """How to make a run fit into the memory there is."""
+
+    micro_acc_steps: int | None
+    """The fewest micro-batches that fit; None: no number of them does, or the memory is unknown."""
+    micro_batch: int | None
+    """Tokens in each."""
+    changes: tuple[Change, ...]
+    """Where no number of micro-batches fits: what does, each alone."""
 
 
 @dataclass(frozen=True)
@@ -85,10 +119,21 @@ class Plan:
     memory: Memory
     disk: Disk
     tokens: Tokens
+    speed: Speed | None
+    """None where nothing was measured."""
+    advice: Advice
+
+    @property
+    def seconds(self) -> float | None:
+        """To finish, of one process's run; None where tokens or speed are unknown, or there are several processes."""
+        if self.speed is None or self.tokens.total is None or self.ranks > 1:
+            return None
+        return self.tokens.total / self.speed.tokens_per_second
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
         values = dataclasses.asdict(self)
+        values["seconds"] = self.seconds
         values["memory"] |= {"kept": self.memory.kept._asdict(), "fits": self.memory.fits}
         for coder, plan in zip(values["coders"], self.coders, strict=True):
             coder["kept"] = plan.kept._asdict()

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
 from torch._subclasses import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from ..coders import find_hookpoints
 from ..config import TrainConfig
@@ -19,6 +21,14 @@ from ..hooks import Hookpoint, run_hooked
 from ..model import empty_model
 from ..run_config import RunConfig
 from .live_bytes import LiveBytes
+
+
+def _attention_flops(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
+    return sdpa_flop_count(query, key, value)
+
+
+ATTENTION = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops}
+"""What torch's counter does not know: its fake tensors are on the CPU."""
 
 
 @dataclass(frozen=True)
@@ -30,6 +40,9 @@ class Forward:
 
     peak: tuple[int, int]
     """At most, from the first module to the last hookpoint."""
+
+    flops: int
+    """Of its matrix products and attention, per sequence."""
 
     def held(self, hookpoint: str, batch_size: int) -> int:
         fixed, each = self.at[hookpoint]
@@ -67,18 +80,18 @@ def look_at_model(name: str, run: RunConfig, cfg: TrainConfig, dtype: torch.dtyp
 
 def _measured(model, hookpoints: dict[str, Hookpoint], ctx_len: int) -> Forward:
     """From two sizes of batches: memory grows by the same with every sequence."""
-    (at, peak), (more_at, more_peak) = (_live(model, hookpoints, ctx_len, B) for B in (2, 3))
+    (at, peak, flops), (more_at, more_peak, more_flops) = (_live(model, hookpoints, ctx_len, B) for B in (2, 3))
 
     def line(two: int, three: int) -> tuple[int, int]:
         return 3 * two - 2 * three, three - two
 
-    return Forward({name: line(at[name], more_at[name]) for name in at}, line(peak, more_peak))
+    return Forward({name: line(at[name], more_at[name]) for name in at}, line(peak, more_peak), more_flops - flops)
 
 
-def _live(model, hookpoints: dict[str, Hookpoint], ctx_len: int, batch_size: int) -> tuple[dict[str, int], int]:
+def _live(model, hookpoints: dict[str, Hookpoint], ctx_len: int, batch_size: int) -> tuple[dict[str, int], int, int]:
     at: dict[str, int] = {}
     ids = torch.zeros(batch_size, ctx_len, dtype=torch.int64)
-    with LiveBytes() as live:
+    with FlopCounterMode(display=False, custom_mapping=ATTENTION) as flops, LiveBytes() as live:
 
         def note(name: str, _inputs, _output) -> None:
             at[name] = max(at.get(name, 0), live.now)
@@ -90,7 +103,7 @@ def _live(model, hookpoints: dict[str, Hookpoint], ctx_len: int, batch_size: int
                 f"model: expected {type(model).__name__} to run on {batch_size} x {ctx_len} tokens without weights, "
                 f"got {type(error).__name__}: {str(error).strip().splitlines()[0]}; lower --ctx-len"
             ) from error
-    return at, live.peak
+    return at, live.peak, flops.get_total_flops()
 
 
 def _loaded_bytes(model, in_8bit: bool) -> Iterator[int]:

@@ -16,7 +16,7 @@ def show(plan: Plan, console: Console) -> None:
     console.print(_heading(plan), highlight=False, soft_wrap=True)
     console.print(coder_table(plan))
     console.print(memory_table(plan.memory))
-    for line in (*_disk_lines(plan.disk), *_token_lines(plan)):
+    for line in (*_advice_lines(plan), *_disk_lines(plan.disk), *_token_lines(plan), *_speed_lines(plan)):
         console.print(line, highlight=False, soft_wrap=True)
 
 
@@ -76,12 +76,46 @@ def memory_table(memory: Memory) -> Table:
             table.add_row(what, size(count))
     table.add_section()
     table.add_row("peak", size(memory.peak), style="bold")
+    if memory.process:
+        table.add_row("beside it, Python and its libraries", size(memory.process))
     if memory.available is None:
         table.add_row("there is", "unknown: --memory")
     else:
         verdict = "" if memory.fits else ": does not fit"
         table.add_row(f"there is{verdict}", size(memory.available), style="" if memory.fits else "bold red")
     return table
+
+
+def _advice_lines(plan: Plan) -> Iterator[str]:
+    advice, available = plan.advice, plan.memory.available
+    if advice.micro_acc_steps is not None:
+        yield f"micro-batch: {advice.micro_batch:,} tokens (--micro-acc-steps {advice.micro_acc_steps})"
+    elif available is not None:
+        yield (
+            f"no micro-batch fits into {size(available)}; what does:"
+            if advice.changes
+            else (
+                f"no micro-batch fits into {size(available)}, nor does any one change; lower --expansion-factor or "
+                "--num-latents, or combine several"
+            )
+        )
+        for change in advice.changes:
+            yield f"  {change.what}: {size(change.peak)}"
+
+
+def _speed_lines(plan: Plan) -> Iterator[str]:
+    if plan.speed is None:
+        yield "speed: unknown; --bench FILE works it out from what fastsae bench measured, --measure takes a few steps"
+        return
+    each = " per process, without what the links take" if plan.ranks > 1 else ""
+    yield f"speed: about {plan.speed.tokens_per_second:,.0f} tokens/s{each} ({plan.speed.source})"
+    if plan.seconds is not None:
+        yield f"time: about {_duration(plan.seconds)}{'' if plan.tokens.exact else ' at most'}"
+
+
+def _duration(seconds: float) -> str:
+    minutes, hours = seconds / 60, seconds / 3600
+    return f"{seconds:.0f} s" if minutes < 2 else f"{minutes:.0f} min" if hours < 2 else f"{hours:.1f} h"
 
 
 def _disk_lines(disk: Disk) -> Iterator[str]:
