@@ -79,6 +79,7 @@ FLOORS = {
         "result",
         "memory table",
         "speed measure advice",
+        "modes",
         "make",
         "run",
     ],

@@ -58,6 +58,11 @@ def layout(cfg: TrainConfig, specs: Mapping[str, CoderSpec], ranks: int) -> Layo
         bounds = {name: latent_bounds(spec.sae, spec.d_in, split) for name, spec in specs.items()}
         slices = [{name: ends[part + 1] - ends[part] for name, ends in bounds.items()} for part in range(split)]
         return Layout(MODES[3], ranks, tuple(slices[rank % split] for rank in range(ranks)), split)
+    if cfg.token_buffer and ranks > 1 and not cfg.distribute_modules:
+        raise ConfigError(
+            "token_buffer: expected one process, or --distribute-modules, got several that would each hold tokens of "
+            "their own; leave it out, or shuffle a cache (--activations, --shuffle-tokens)"
+        )
     if ranks == 1:
         return Layout(MODES[0], 1, (whole,), 1)
     if cfg.distribute_modules:

@@ -25,6 +25,7 @@ from .kept import FLOAT, Kept
 from .layout import layout
 from .measure import measured_speed
 from .memory import Situation, memory
+from .modes import modes
 from .result import CoderPlan, Plan, Tokens
 from .speed import speed_from_bench
 from .structure import look_at_model
@@ -76,6 +77,7 @@ def plan(
         model, dataset, str(device), str(dtype).removeprefix("torch."), implementation, lies.mode, planned.ranks,
         structure.kind, structure.parameters, coders, needed,
         disk(whole, max(coder.kept.weights for coder in coders), cfg, saves), tokens, speed, advise(situation, needed),
+        modes(situation, needed.available),
     )  # fmt: skip
 
 

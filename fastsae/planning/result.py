@@ -101,6 +101,22 @@ class Advice:
 
 
 @dataclass(frozen=True)
+class Mode:
+    """A way to spread the run over its ranks."""
+
+    options: str
+    """Of ``fastsae train``; none for replicas."""
+    peak: int
+    """Bytes on the device that holds the most."""
+    fits: bool | None
+    link: int
+    """Bytes that a rank sends in one optimizer step, at most; a model, not measured."""
+    load: float
+    """Work of the rank with the most over the mean of all: 1 is even."""
+    recommended: bool
+
+
+@dataclass(frozen=True)
 class Plan:
     """What a run will need and take."""
 
@@ -122,6 +138,8 @@ class Plan:
     speed: Speed | None
     """None where nothing was measured."""
     advice: Advice
+    modes: tuple[Mode, ...]
+    """For several ranks: the ways to spread the run."""
 
     @property
     def seconds(self) -> float | None:

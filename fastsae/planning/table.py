@@ -16,6 +16,8 @@ def show(plan: Plan, console: Console) -> None:
     console.print(_heading(plan), highlight=False, soft_wrap=True)
     console.print(coder_table(plan))
     console.print(memory_table(plan.memory))
+    if plan.modes:
+        console.print(mode_table(plan))
     for line in (*_advice_lines(plan), *_disk_lines(plan.disk), *_token_lines(plan), *_speed_lines(plan)):
         console.print(line, highlight=False, soft_wrap=True)
 
@@ -83,6 +85,21 @@ def memory_table(memory: Memory) -> Table:
     else:
         verdict = "" if memory.fits else ": does not fit"
         table.add_row(f"there is{verdict}", size(memory.available), style="" if memory.fits else "bold red")
+    return table
+
+
+def mode_table(plan: Plan) -> Table:
+    """The ways to spread the run over its ranks."""
+    table = Table(f"on {plan.ranks} ranks", box=None, pad_edge=False)
+    for column in ("peak per device", "over a link per step", "most work / mean"):
+        table.add_column(column, justify="right", no_wrap=True)
+    table.add_column("")
+    for mode in plan.modes:
+        said = "recommended" if mode.recommended else ""
+        table.add_row(
+            mode.options or "replicas (no option)", size(mode.peak), size(mode.link), f"{mode.load:.2f}",
+            "does not fit" if mode.fits is False else said, style="bold" if mode.recommended else "",
+        )  # fmt: skip
     return table
 
 
