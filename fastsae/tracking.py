@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import importlib
 import json
-from collections.abc import Sequence
-from contextlib import suppress
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,9 @@ class Tracker:
     def __init__(self, folder: Path, log_to: Sequence[str], config: dict[str, Any]):
         self._wandb = self._board = None
         if "wandb" in log_to:
-            self._wandb = _import(*_PACKAGES["wandb"]).init(project="fastsae", name=folder.name, config=config)
+            wandb = _import(*_PACKAGES["wandb"])
+            with _without_access_token():
+                self._wandb = wandb.init(project="fastsae", name=folder.name, config=config)
         if "tensorboard" in log_to:
             board = _import(*_PACKAGES["tensorboard"])
             self._board = board.SummaryWriter(str(folder / "tensorboard"))
@@ -55,6 +58,20 @@ def check_trackers(log_to: Sequence[str]) -> None:
     """Raise :class:`ConfigError` where a tracker's package is not installed: before any work, not after it."""
     for name in log_to:
         _import(*_PACKAGES[name])
+
+
+@contextmanager
+def _without_access_token() -> Iterator[None]:
+    """The command line without the value of ``--hf-token``: W&B records it, and sends it away."""
+    given, kept = sys.argv, []
+    for word in given:
+        hidden = kept[-1:] == ["--hf-token"]
+        kept.append("hidden" if hidden else "--hf-token=hidden" if word.startswith("--hf-token=") else word)
+    sys.argv = kept
+    try:
+        yield
+    finally:
+        sys.argv = given
 
 
 _PACKAGES = {"wandb": ("wandb", "wandb"), "tensorboard": ("torch.utils.tensorboard", "tensorboard")}
