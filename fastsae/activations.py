@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from .batches import ModelBatch, counted, prepare
 from .errors import ArtifactError, FastsaeError, HookpointError, OutOfMemoryError, is_out_of_memory
 from .hooks import Hookpoint, run_hooked, run_replaced
+from .placement import entry_device
 
 Use = Callable[[str, Tensor, Tensor], None]
 """Called as ``use(hookpoint, x [N, D], y [N, E])``, once per module call; for an autoencoder both are y."""
@@ -61,7 +62,7 @@ class ModelPass(ActivationSource):
     ):
         self.model, self.hookpoints, self._transcode = model, hookpoints, transcode
         self.name = str(model.name_or_path or type(model).__name__)
-        self.device, self.dtype = model.device, model.dtype
+        self.device, self.dtype = entry_device(model), model.dtype
         self._excluded = torch.tensor(exclude_tokens)
         self._vocabulary = cast(nn.Embedding, model.get_input_embeddings()).num_embeddings
 
@@ -92,7 +93,7 @@ class ModelPass(ActivationSource):
 
     def prepare(self, rows: dict[str, Tensor]) -> ModelBatch:
         """``rows`` on the model's device, with the tokens that count."""
-        return prepare(rows, self._excluded, self._vocabulary, self.model.device)
+        return prepare(rows, self._excluded, self._vocabulary, self.device)
 
     def logits(self, batch: ModelBatch, graft: Graft | None = None, *, at: str, gradients: bool = False) -> Tensor:
         """The logits [B, S, V] of a model with an LM head; ``graft`` says what hookpoints give at tokens that count.

@@ -18,6 +18,7 @@ from .errors import ArtifactError
 from .hooks import run_hooked
 from .model import load_model, load_tokenizer, resolve_device
 from .options import build
+from .placement import entry_device
 from .run_config import RunConfig
 from .sae import FastSae
 from .saved import check_origin, check_places, coder_input, default_model, load_coders, run_record
@@ -73,7 +74,7 @@ def encode_run(source: str, model_name: str | None, options: dict[str, Any]) -> 
     ids = document_start(tokenizer) + tokenizer(cfg.text, add_special_tokens=False)["input_ids"]
     if len(ids) > (most := context_length(run.ctx_len, tokenizer, model.config)):
         raise ArtifactError(f"text: expected at most {most} tokens, got {len(ids)}; shorten it or raise --ctx-len")
-    latents = strongest_latents(coders, model, torch.tensor(ids, device=model.device), cfg.top)
+    latents = strongest_latents(coders, model, torch.tensor(ids, device=entry_device(model)), cfg.top)
     texts = token_texts(tokenizer, ids)
     if cfg.json:
         print(json.dumps(_record(model_name, ids, texts, latents), ensure_ascii=False))

@@ -21,9 +21,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from .errors import ArtifactError, HookpointError
+from .placement import entry_device
 
 Callback = Callable[[str, Tensor | None, Tensor], None]
-"""Called as ``callback(name, input [B, S, D_in] or None, output [B, S, D])``, once per module call."""
+"""Called as ``callback(name, input [B, S, D_in] or None, output [B, S, D])``, once per module call.
+
+Both are on the device of the token ids, whichever device the module is on.
+"""
 
 Replacement = Callable[[Tensor | None, Tensor], Tensor]
 """``replacement(input [B, S, D_in] or None, output [B, S, D]) -> [B, S, D]``, what the module gives instead."""
@@ -102,7 +106,7 @@ def probe(model: PreTrainedModel, names: Sequence[str]) -> dict[str, Hookpoint]:
     def widths(tokens: int) -> dict[str, int]:
         shapes.clear()
         calls.clear()
-        ids = torch.zeros(1, tokens, dtype=torch.long, device=model.device)
+        ids = torch.zeros(1, tokens, dtype=torch.long, device=entry_device(model))
         try:
             run_hooked(model, ids, dict.fromkeys(names, 0), look)
         except Exception as error:
@@ -141,7 +145,7 @@ def run_hooked(
         def hook(_module, args, kwargs, output):
             tensor = _first_tensor(output)
             if tensor is not None:
-                callback(name, _first_tensor(args) if args else _first_tensor(kwargs), tensor)
+                callback(name, _input(args, kwargs, input_ids.device), tensor.to(input_ids.device))
             remaining[name] -= 1
             if remaining[name] == 0 and not any(count > 0 for count in remaining.values()):
                 raise _Stop
@@ -175,7 +179,8 @@ def run_replaced(
             tensor = _first_tensor(output)
             if tensor is None:
                 return None
-            return _with_first_tensor(output, replace(_first_tensor(args) if args else _first_tensor(kwargs), tensor))
+            new = replace(_input(args, kwargs, input_ids.device), tensor.to(input_ids.device))
+            return _with_first_tensor(output, new.to(tensor.device))
 
         return hook
 
@@ -189,6 +194,11 @@ def _forward_options(model: nn.Module, attention_mask: Tensor | None) -> dict[st
     if "use_cache" in inspect.signature(model.forward).parameters:
         options["use_cache"] = False
     return options
+
+
+def _input(args, kwargs, device: torch.device) -> Tensor | None:
+    tensor = _first_tensor(args) if args else _first_tensor(kwargs)
+    return None if tensor is None else tensor.to(device)
 
 
 def _first_tensor(value) -> Tensor | None:

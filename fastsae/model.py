@@ -28,6 +28,7 @@ from transformers.models.auto.modeling_auto import (
 from . import demo
 from .errors import ArtifactError, ConfigError
 from .hub import check_repository, close_by, looks_local
+from .placement import parse_device_map
 from .run_config import RunConfig
 
 logger = logging.getLogger("fastsae")
@@ -167,7 +168,12 @@ def _loading(run: RunConfig) -> tuple[torch.device, dict[str, Any]]:
     options: dict[str, Any] = {"dtype": resolve_dtype(run.dtype, device)}
     if run.attn_implementation is not None:
         options["attn_implementation"] = run.attn_implementation
-    return device, options | (_in_8bit(device) if run.load_in_8bit else {})
+    if run.load_in_8bit:
+        options |= _in_8bit(device)
+    if (device_map := parse_device_map(run.device_map)) is not None:
+        _require_package("accelerate", "device_map", "accelerate")
+        options["device_map"] = device_map
+    return device, options
 
 
 def _in_8bit(device: torch.device) -> dict[str, Any]:
@@ -176,11 +182,13 @@ def _in_8bit(device: torch.device) -> dict[str, Any]:
             f"load_in_8bit: expected a GPU to load the model on, got {device}; leave it out, or use --device cuda"
         )
     for package in ("bitsandbytes", "accelerate"):
-        if importlib.util.find_spec(package) is None:
-            raise ConfigError(
-                f"load_in_8bit: expected the package {package!r}, it is not installed; pip install 'fastsae[8bit]'"
-            )
+        _require_package(package, "load_in_8bit", "'fastsae[8bit]'")
     return {"quantization_config": BitsAndBytesConfig(load_in_8bit=True), "device_map": {"": device}}
+
+
+def _require_package(package: str, field: str, install: str) -> None:
+    if importlib.util.find_spec(package) is None:
+        raise ConfigError(f"{field}: expected the package {package!r}, it is not installed; pip install {install}")
 
 
 def _precision(options: dict[str, Any]) -> str:
@@ -188,8 +196,8 @@ def _precision(options: dict[str, Any]) -> str:
 
 
 def _placed(model: PreTrainedModel, device: torch.device, run: RunConfig) -> PreTrainedModel:
-    """Ready to read activations from; what is loaded in 8 bits is on its device already, and cannot be moved."""
-    if not run.load_in_8bit:
+    """Ready to read activations from; what is loaded in 8 bits or by a map is where it belongs, and stays there."""
+    if not run.load_in_8bit and run.device_map is None:
         model.to(device)  # type: ignore[arg-type]
     return model.eval().requires_grad_(False)
 
@@ -209,6 +217,10 @@ def _from_pretrained(auto_class, name: str, run: RunConfig, what: str, **options
         if "attn_implementation" in options and "attention" in str(error).lower():
             raise ConfigError(
                 f"attn_implementation: expected one that this model has, got {run.attn_implementation!r}: {first_line}"
+            ) from None
+        if "device_map" in options and "device" in str(error):
+            raise ConfigError(
+                f"device_map: expected a device that is here for every module, got {run.device_map}: {first_line}"
             ) from None
         raise ArtifactError(
             f"{what}: expected a Hugging Face hub id or a folder saved by save_pretrained, got {name!r}: {first_line} "

@@ -18,6 +18,7 @@ from .activation_cache.training import training_data
 from .config import SaeConfig, TrainConfig
 from .data import load_tokens
 from .distributed.world import World, joined, local_device
+from .errors import ConfigError
 from .model import load_language_model, load_model, load_tokenizer, resolve_device, resolve_dtype
 from .ops import resolve
 from .options import build
@@ -79,6 +80,11 @@ def make_trainer(
         dtype = None if run.dtype == "auto" else resolve_dtype(run.dtype, resolve_device(device))
         rows, source = training_data(cache, cfg, device=device, dtype=dtype)
         return Trainer(cfg, rows, source, origin=origin, world=world)
+    if run.device_map is not None and world.size > 1:
+        raise ConfigError(
+            f"device_map: expected one process, which spreads its model over all devices, got {world.size}; "
+            "leave --device-map or torchrun out"
+        )
     with world.one_first():
         load = load_model if cfg.loss_fn == "fvu" else load_language_model
         model = load(model_name, dataclasses.replace(run, device=device))

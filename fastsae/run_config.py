@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from .errors import ConfigError
 from .fields import check_types, require
+from .placement import parse_device_map
 
 TOKEN_NAMES = ("bos", "eos", "pad", "unk", "sep", "cls", "mask", "special")
 """What tokens can be called instead of by their ids; ``special`` is all that the tokenizer has."""
@@ -53,6 +54,10 @@ class RunConfig:
     device: str | None = None
     """Device of model and coders; by default cuda where there is one, else mps, else cpu."""
 
+    device_map: str | None = None
+    """Spread a model that is larger than one device: auto, balanced, balanced_low_0, sequential, or a JSON object of
+    modules and devices (numbers of GPUs, cpu, disk); needs accelerate."""
+
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Precision of the model; auto is bfloat16 on a GPU that has it, float32 on a CPU."""
 
@@ -83,6 +88,12 @@ class RunConfig:
                 "a stream has no length, and the learning rate's schedule needs one"
             )
         self.dataset_options()
+        parse_device_map(self.device_map)
+        if self.device_map is not None and self.device not in (None, "cuda"):
+            raise ConfigError(
+                f"device_map: expected no --device with it, which chooses the devices, got {self.device!r}; "
+                "leave one of the two out"
+            )
 
     def dataset_options(self) -> dict[str, Any]:
         """``data_args`` as keyword arguments; numbers, true, false and none are read as such."""

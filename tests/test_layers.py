@@ -23,7 +23,7 @@ FLOORS = {
     ],
     "fastsae": [
         "errors interrupt version demo token_text",
-        "fields finetune hub integrity memmap origin rows token_shuffle",
+        "fields finetune hub integrity memmap origin placement rows token_shuffle",
         "config run_config stream training_state",
         "tokens options run_lock",
         "ops loss checkpoint overrides resume run_file run_folder tracking progress sources batches model_loss",

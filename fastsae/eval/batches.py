@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from ..batches import prepare
+from ..placement import entry_device
 from ..rows import collate
 
 
@@ -37,7 +38,7 @@ def read_batches(rows: Any, batch_size: int, model: Any, exclude_tokens: Sequenc
     excluded = torch.tensor(exclude_tokens, dtype=torch.int64)
     vocabulary = model.get_input_embeddings().num_embeddings
     for batch in DataLoader(rows, batch_size=batch_size, collate_fn=collate):
-        ready = prepare(batch, excluded, vocabulary, model.device)
+        ready = prepare(batch, excluded, vocabulary, entry_device(model))
         kept = None
         if ready.positions is not None:
             kept = torch.zeros_like(ready.ids, dtype=torch.bool)

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from ..errors import ArtifactError, CheckpointError, HookpointError
 from ..hooks import run_hooked, run_replaced
 from ..model_loss import check_has_head
+from ..placement import entry_device
 from ..progress import console
 from ..sae import FastSae
 from ..saved import check_origin, check_places, coder_input
@@ -67,7 +68,7 @@ def evaluate(
     """
     cfg = cfg or EvalConfig()
     subjects = [
-        Subject(source, name, coder.to(model.device))
+        Subject(source, name, coder.to(entry_device(model)))
         for source, group in _by_source(coders).items()
         for name, coder in group.items()
     ]
