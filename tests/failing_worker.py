@@ -1,4 +1,4 @@
-"""A rank that falls while the others train, under torchrun: ``failing_worker.py FOLDER kill|disk``."""
+"""What one rank of ``tests/test_failing_ranks.py`` does: one of them falls while the others train."""
 
 from __future__ import annotations
 
@@ -6,40 +6,57 @@ import json
 import os
 import resource
 import signal
-import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from models import make_model, token_rows
 
 from fastsae import SaeConfig, TrainConfig, Trainer, joined
 
+CASES: dict[str, dict[str, Any]] = {
+    "kill": {"rank": 1, "says": r"Signal 9 \(SIGKILL\)"},
+    "disk": {"rank": 0, "says": "output: could not write"},
+    "forward": {"rank": 0, "says": "RuntimeError: the model fails here"},
+    "forward, modules": {"rank": 1, "distribute_modules": True, "says": "RuntimeError: the model fails here"},
+    "forward, latents": {"rank": 0, "distribute_latents": 2, "says": "RuntimeError: the model fails here"},
+}
+"""Which rank falls, how (the first word), in which mode, and what is to be read afterwards."""
 
-def main(folder: Path, how: str) -> None:
+
+def main(folder: Path, name: str) -> None:
     torch.set_num_threads(1)
+    case, how = CASES[name], name.partition(",")[0]
+    mode = {key: value for key, value in case.items() if key.startswith("distribute")}
     with joined("cpu") as world:
         cfg = TrainConfig(
-            SaeConfig(num_latents=64, k=4), hookpoints=("h.1",), batch_size=2, save_every=3, save_dir=str(folder),
-            run_name="run",
+            SaeConfig(num_latents=64, k=4), hookpoints=("h.0", "h.1"), batch_size=2, save_every=3,
+            save_dir=str(folder), run_name="run", **mode,
         )  # fmt: skip
         trainer = Trainer(cfg, token_rows(200, 8), make_model("gpt2"), world=world)
         step = trainer.train_step
+
+        def fail(*_: Any) -> None:
+            raise RuntimeError("the model fails here")
 
         def fall() -> None:
             (folder / "fell.json").write_text(json.dumps({"time": time.time(), "rank": world.rank}))
             if how == "kill":
                 os.kill(os.getpid(), signal.SIGKILL)
-            resource.setrlimit(resource.RLIMIT_FSIZE, (5000, resource.RLIM_INFINITY))  # as if the disk were full
+            elif how == "disk":
+                resource.setrlimit(resource.RLIMIT_FSIZE, (5000, resource.RLIM_INFINITY))  # as if it were full
+            else:
+                trainer.model.transformer.h[1].register_forward_pre_hook(fail)  # after h.0's activations have left
 
         def train_step(batches, *counts) -> None:
-            if trainer.step == 2 and world.rank == (0 if how == "disk" else 1):
+            if trainer.step == 2 and world.rank == case["rank"]:
                 fall()
             step(batches, *counts)
 
         trainer.train_step = train_step  # type: ignore[method-assign]
-        trainer.fit(progress=False)
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2])
+        try:
+            trainer.fit(progress=False)
+        except Exception as error:
+            (folder / f"error-{world.rank}").write_text(f"{type(error).__name__}: {error}")
+            raise

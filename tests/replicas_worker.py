@@ -1,10 +1,9 @@
-"""What one rank of ``tests/test_replicas.py`` does, under torchrun: ``replicas_worker.py FOLDER CASE ...``."""
+"""What one rank of ``tests/test_replicas.py`` does."""
 
 from __future__ import annotations
 
 import json
 import os
-import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -58,11 +57,10 @@ def count_collectives(world: World, trainer: Trainer) -> dict[str, Any]:
     return {"calls": dict(calls), "bytes": world.sent - before}
 
 
-if __name__ == "__main__":
+def main(folder: Path, *cases: str) -> None:
     torch.set_num_threads(1)
-    folder = Path(sys.argv[1])
     with joined() as world:
-        for case in sys.argv[2:]:
+        for case in cases:
             trainer = train(folder, world, case)
             weights = {key: t.tolist() for key, t in trainer.coders["h.1"].state_dict().items()}
             record = {"tokens": trainer.tokens, "held_out": trainer.held_out_metrics()["h.1"], "weights": weights}

@@ -1,4 +1,4 @@
-"""What one rank of ``tests/test_spread.py`` does, under torchrun: ``spread_worker.py FOLDER``.
+"""What one rank of ``tests/test_spread.py`` does.
 
 Runs are written to ``FOLDER``; the test compares them with a single process's.
 """
@@ -6,7 +6,6 @@ Runs are written to ``FOLDER``; the test compares them with a single process's.
 from __future__ import annotations
 
 import shutil
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -142,7 +141,3 @@ def resume(folder: Path, world: Any, batch: int) -> None:
         again.resume(folder / f"stopped-{name}")
         assert again.step == 2
         again.fit(progress=False)
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))

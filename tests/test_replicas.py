@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import socket
-import subprocess
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
-from replicas_worker import CASES, train
-from test_spread import launch_worker, worker_command, worker_environment
+from ranks import launch_ranks
+from replicas_worker import CASES, main, train
 
 from fastsae import SaeConfig, TrainConfig, Trainer
 from fastsae.distributed.world import World
@@ -21,9 +21,9 @@ RANKS = 3
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """What all ranks did, every case in one start of torchrun."""
+    """What all ranks did, every case in one start."""
     folder = tmp_path_factory.mktemp("replicas")
-    launch_worker("replicas_worker.py", RANKS, str(folder), *CASES)
+    launch_ranks(RANKS, main, folder, *CASES)
     return folder
 
 
@@ -80,14 +80,20 @@ def test_two_machines_are_as_one(tmp_path):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    meeting = ["--nnodes", "2", "--master-addr", "127.0.0.1", "--master-port", str(port)]
-    nodes = []
-    for node in range(2):
-        agent = [*meeting, "--node-rank", str(node)]
-        command = worker_command("replicas_worker.py", 1, str(tmp_path), "fvu", agent=agent)
-        nodes.append(subprocess.Popen(command, env=worker_environment(), stderr=subprocess.PIPE, text=True))
-    errors = [node.communicate(timeout=180)[1] for node in nodes]
-    assert [node.returncode for node in nodes] == [0, 0], errors[0][-2000:] + errors[1][-2000:]
+    meeting = {
+        "run_id": "two",
+        "rdzv_backend": "static",
+        "rdzv_endpoint": f"127.0.0.1:{port}",
+        "min_nodes": 2,
+        "max_nodes": 2,
+    }
+    with ThreadPoolExecutor(2) as agents:
+        nodes = [
+            agents.submit(launch_ranks, 1, main, tmp_path, "fvu", **meeting, rdzv_configs={"rank": node, "timeout": 60})
+            for node in range(2)
+        ]
+    for node in nodes:
+        node.result()
     places = read(tmp_path, "place", 2)
     assert [(p["rank"], p["local_rank"], p["local_size"]) for p in places] == [(0, 0, 1), (1, 0, 1)]
     assert [p["environment"] for p in places] == [[0, 0, 0], [1, 0, 1]]

@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
-import subprocess
-import sys
-from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from ranks import launch_ranks
 from safetensors.torch import load_file
-from spread_worker import LATENTS, MODULES, TRANSCODER, first_gradients, make_trainer
+from spread_worker import LATENTS, MODULES, TRANSCODER, first_gradients, main, make_trainer
 from torch.optim.lr_scheduler import LambdaLR
 
 from fastsae import FastSae, SaeConfig, TrainConfig
@@ -30,31 +27,11 @@ from fastsae.trainer_state import load_into, state_of
 RANKS = 4
 
 
-def launch(ranks: int, *arguments: str) -> None:
-    launch_worker("spread_worker.py", ranks, *arguments)
-
-
-def launch_worker(name: str, ranks: int, *arguments: str) -> None:
-    command, environment = worker_command(name, ranks, *arguments), worker_environment()
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=180)
-    assert done.returncode == 0, done.stderr[-4000:]
-
-
-def worker_command(name: str, ranks: int, *arguments: str, agent: Sequence[str] = ("--standalone",)) -> list[str]:
-    """torchrun of the script ``name`` beside this one, in ``ranks`` processes."""
-    start = [sys.executable, "-m", "torch.distributed.run", *agent, "--nproc-per-node", str(ranks)]
-    return [*start, str(Path(__file__).with_name(name)), *arguments]
-
-
-def worker_environment() -> dict[str, str]:
-    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
     """The runs of all ranks, and under ``one`` the same of this process alone."""
     folder = tmp_path_factory.mktemp("spread")
-    launch(RANKS, str(folder))
+    launch_ranks(RANKS, main, folder)
     return folder
 
 
