@@ -1,4 +1,4 @@
-"""W&B (offline) and TensorBoard as released, in real processes: the numbers of metrics.jsonl, never the access token."""
+"""W&B (offline) and TensorBoard as released, in real processes: the numbers of metrics.jsonl, never the token."""
 
 import importlib.util
 import json
