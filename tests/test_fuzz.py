@@ -13,6 +13,7 @@ from fastsae.config import SaeConfig, TrainConfig
 from fastsae.errors import ConfigError, FastsaeError
 from fastsae.options import build
 from fastsae.run_config import RunConfig
+from fastsae.sae import FastSae
 from fastsae.trainer import Trainer
 
 coders = st.fixed_dictionaries(
@@ -35,7 +36,12 @@ runs = st.fixed_dictionaries(
         "batch_size": st.sampled_from([1, 3, 5, 0]),
         "grad_acc_steps": st.sampled_from([1, 2, 1, 0]),
         "micro_acc_steps": st.sampled_from([1, 2, 3, 0]),
-        "optimizer": st.sampled_from(["adam", "signum", "sgd"]),
+        "optimizer": st.sampled_from(["adam", "signum", "muon", "sgd"]),
+        "loss_fn": st.sampled_from(["fvu", "fvu", "kl", "ce", "mse"]),
+        "token_buffer": st.sampled_from([0, 20, -1]),
+        "max_grad_norm": st.sampled_from([None, 1.0, 0.0]),
+        "set": st.sampled_from([[], ["h.1*:k=2|3"], ["h.*:num_latents=40,k=2"], ["h.0*:k=0"], ["h.7:k=2"], ["k=2"]]),
+        "finetune": st.sampled_from([None, None, "SAVED", "nowhere/at/all"]),
         "lr": st.sampled_from([1e-3, 1e-2, "1e-3", None, 0.0, math.nan]),
         "auxk_alpha": st.sampled_from([0.0, 1 / 32, 1, -1.0]),
         "dead_feature_threshold": st.sampled_from([0, 10]),
@@ -49,6 +55,8 @@ runs = st.fixed_dictionaries(
 
 def outcome(coder, run, folder) -> Trainer | str:
     """A trainer, or why there is none."""
+    if run.get("finetune") == "SAVED":
+        run = {**run, "finetune": f"{folder}/saved"}
     try:
         cfg = build(TrainConfig, {**run, "save_dir": folder, "held_out": 0}, sae=build(SaeConfig, coder))
         return Trainer(cfg, token_rows(10, 6), make_model("gpt2"))
@@ -58,8 +66,10 @@ def outcome(coder, run, folder) -> Trainer | str:
 
 def test_what_is_accepted_trains_and_what_is_refused_says_why(tmp_path):
     rows, accepted, refused = token_rows(10, 6), [], set()
+    for name in ("h.0.mlp", "h.1"):
+        FastSae(32, SaeConfig(num_latents=64, k=4)).save_to_disk(tmp_path / "saved" / name)
 
-    @settings(max_examples=24, deadline=None, derandomize=True, database=None)
+    @settings(max_examples=40, deadline=None, derandomize=True, database=None)
     @given(coders, runs)
     def any_config(coder, run):
         trainer = outcome(coder, run, str(tmp_path))
