@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 import torch
@@ -32,9 +31,9 @@ def config(case: str, mode: str) -> TrainConfig:
     return TrainConfig(**{**CASES[case], **MODES[mode], "batch_size": 4, "held_out": 0})  # type: ignore[arg-type]
 
 
-if __name__ == "__main__":
+def main(folder: Path) -> None:
     torch.set_num_threads(1)
-    folder, sent = Path(sys.argv[1]), {}
+    sent = {}
     with joined() as world:
         for case in CASES:
             for mode in MODES:

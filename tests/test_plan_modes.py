@@ -4,9 +4,9 @@ import json
 
 import pytest
 from models import save_model, token_rows
-from plan_worker import CASES, LENGTH, MODES, ROWS, config
+from plan_worker import CASES, LENGTH, MODES, ROWS, config, main
+from ranks import launch_ranks
 from test_cli import one_line, run
-from test_spread import launch_worker
 
 from fastsae import PlanConfig, RunConfig, SaeConfig, TrainConfig, plan
 from fastsae.planning import make, modes
@@ -15,7 +15,7 @@ RUN = RunConfig(device="cpu", ctx_len=LENGTH, max_examples=1000)
 
 
 def test_bytes_are_those_that_ranks_send(tmp_path, monkeypatch):
-    launch_worker("plan_worker.py", 2, str(tmp_path))
+    launch_ranks(2, main, tmp_path)
     ranks = [json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in range(2)]
     save_model("gpt2", tmp_path / "gpt2")
     token_rows(ROWS, LENGTH).save_to_disk(tmp_path / "tokens")

@@ -1,4 +1,4 @@
-"""The soak, cut to one run on two processes that is killed twice; the command runs as long as you like."""
+"""The soak, cut to one run on two processes that is killed once; the command runs as long as you like."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ def test_a_killed_and_resumed_run_ends_as_one_that_nothing_stopped(tmp_path, mon
     spec.loader.exec_module(soak_module)
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
     soak = soak_module.Soak(tmp_path, ranks=2, seed=1)
-    assert soak.round("modules", kills=2)
-    assert sum(count for name, count in soak.counts.items() if name.startswith("killed")) == 2
+    assert soak.round("modules", kills=1)
+    assert sum(count for name, count in soak.counts.items() if name.startswith("killed")) == 1
     assert soak.counts["resumes"] >= 1
     whole = tmp_path / "modules-whole/h.1/sae.safetensors"
     whole.write_bytes(whole.read_bytes()[:-1] + b"x")  # a comparison that can fail
