@@ -19,6 +19,7 @@ from .batches import ModelBatch, counted, prepare
 from .errors import ArtifactError, FastsaeError, HookpointError, OutOfMemoryError, is_out_of_memory
 from .hooks import Hookpoint, run_hooked, run_replaced
 from .placement import entry_device
+from .shards import find_slices, is_lost_peer, join, lost_peer, processes
 
 Use = Callable[[str, Tensor, Tensor], None]
 """Called as ``use(hookpoint, x [N, D], y [N, E])``, once per module call; for an autoencoder both are y."""
@@ -35,6 +36,8 @@ class ActivationSource(ABC):
     device: torch.device
     dtype: torch.dtype
     hookpoints: dict[str, Hookpoint]
+    shared: bool = False
+    """Whether all ranks run one model together, which takes the same batches in each of them."""
 
     @abstractmethod
     def count(self, rows: dict[str, Tensor]) -> int:
@@ -64,6 +67,8 @@ class ModelPass(ActivationSource):
         self.name = str(model.name_or_path or type(model).__name__)
         self.device, self.dtype = entry_device(model), model.dtype
         self._excluded = torch.tensor(exclude_tokens)
+        self.shared = processes(model) > 1
+        self._slices = find_slices(model, list(hookpoints)) if self.shared else {}
         self._vocabulary = cast(nn.Embedding, model.get_input_embeddings()).num_embeddings
 
     def count(self, rows: dict[str, Tensor]) -> int:
@@ -118,7 +123,11 @@ class ModelPass(ActivationSource):
     def _tokens(
         self, name: str, batch: ModelBatch, inputs: Tensor | None, output: Tensor, at: str
     ) -> tuple[Tensor, Tensor]:
-        """(x, y) after masking."""
+        """(x, y) after masking, of slices the whole."""
+        if name in self._slices:
+            output = join(output, self._slices[name].output)
+            if inputs is not None and self._transcode:
+                inputs = join(inputs, self._slices[name].input)
         positions, shape = batch.positions, batch.ids.shape
         if positions is not None and batch.tokens and output.shape[:-1] != shape:
             raise HookpointError(
@@ -177,6 +186,8 @@ def _model_error(error: Exception, ids: Tensor, at: str) -> FastsaeError:
             "with --grad-acc-steps raised for as many tokens in a step"
         )
     reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    if is_lost_peer(error):
+        return lost_peer(error)
     return ArtifactError(
         f"model, {at}: expected its forward to run on {shape} token ids, got {type(error).__name__}: {reason}"
     )

@@ -15,9 +15,10 @@ from transformers import PreTrainedModel
 
 from .config import SaeConfig, TrainConfig
 from .errors import ConfigError, HookpointError
-from .hooks import Hookpoint, layer_hookpoints, probe, resolve_hookpoints
+from .hooks import Hookpoint, layer_hookpoints, resolve_hookpoints
 from .overrides import coder_name, parse_override, resolve_variants
 from .sae import FastSae
+from .shards import probe_whole
 
 logger = logging.getLogger("fastsae")
 
@@ -29,7 +30,7 @@ def find_hookpoints(model: PreTrainedModel, cfg: TrainConfig) -> dict[str, Hookp
     """The hookpoints that ``cfg`` asks for, by name, each checked to carry what a coder needs."""
     names = resolve_hookpoints(model, cfg.hookpoints) if cfg.hookpoints else layer_hookpoints(model, cfg.layers)
     names = names[:: cfg.layer_stride]
-    found = probe(model, names)
+    found = probe_whole(model, names)
     silent = [name for name in names if name not in found]
     if exact := [name for name in silent if not found or name in cfg.hookpoints]:
         raise HookpointError(

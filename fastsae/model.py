@@ -30,6 +30,7 @@ from .errors import ArtifactError, ConfigError
 from .hub import check_repository, close_by, looks_local
 from .placement import parse_device_map
 from .run_config import RunConfig
+from .tensor_parallel import has_no_plan, no_plan, plan_options
 
 logger = logging.getLogger("fastsae")
 
@@ -72,6 +73,8 @@ def load_model(name: str, run: RunConfig) -> PreTrainedModel:
     logger.info("loading %s in %s on %s", name, _precision(options), device)
     model = _from_pretrained(_encoder_class(config) or AutoModel, name, run, "model", **options)
     _refuse_encoder_decoder(model, config)
+    if run.tp_plan is not None and not model.tp_plan:
+        raise no_plan(name)
     return _placed(model, device, run)
 
 
@@ -111,6 +114,11 @@ def _refuse_encoder_decoder(model: PreTrainedModel, config: PreTrainedConfig) ->
 
 def load_language_model(name: str, run: RunConfig) -> PreTrainedModel:
     """The same model with its LM head, for losses in the model; raises :class:`ArtifactError` where it has none."""
+    if run.tp_plan is not None:
+        raise ConfigError(
+            "tp_plan: expected the model without its LM head, which --loss-fn ce and kl need in one piece; "
+            "use --loss-fn fvu, or leave --tp-plan out"
+        )
     config = load_config(name, run)
     if not is_causal(config):
         raise ArtifactError(f"model: expected a causal language model, got {name!r}, of type {config.model_type}")
@@ -173,6 +181,8 @@ def _loading(run: RunConfig) -> tuple[torch.device, dict[str, Any]]:
     if (device_map := parse_device_map(run.device_map)) is not None:
         _require_package("accelerate", "device_map", "accelerate")
         options["device_map"] = device_map
+    if run.tp_plan is not None:
+        options |= plan_options(run.tp_plan, device)
     return device, options
 
 
@@ -196,8 +206,8 @@ def _precision(options: dict[str, Any]) -> str:
 
 
 def _placed(model: PreTrainedModel, device: torch.device, run: RunConfig) -> PreTrainedModel:
-    """Ready to read activations from; what is loaded in 8 bits or by a map is where it belongs, and stays there."""
-    if not run.load_in_8bit and run.device_map is None:
+    """Ready to read activations from; what is loaded in 8 bits or in parts is where it belongs, and stays there."""
+    if not run.load_in_8bit and run.device_map is None and run.tp_plan is None:
         model.to(device)  # type: ignore[arg-type]
     return model.eval().requires_grad_(False)
 
@@ -218,6 +228,8 @@ def _from_pretrained(auto_class, name: str, run: RunConfig, what: str, **options
             raise ConfigError(
                 f"attn_implementation: expected one that this model has, got {run.attn_implementation!r}: {first_line}"
             ) from None
+        if has_no_plan(error):
+            raise no_plan(name) from None
         if "device_map" in options and "device" in str(error):
             raise ConfigError(
                 f"device_map: expected a device that is here for every module, got {run.device_map}: {first_line}"

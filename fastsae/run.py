@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +75,10 @@ def make_trainer(
 
     Downloads come once per machine.
     """
+    if run.tp_plan is not None and cache is not None:
+        raise ConfigError(
+            "tp_plan: expected a model that runs, got cached activations, which need none; leave --tp-plan out"
+        )
     origin = {"model": model_name, "dataset": dataset_name, **run.to_dict()}
     if cache is not None:
         dtype = None if run.dtype == "auto" else resolve_dtype(run.dtype, resolve_device(device))
@@ -85,7 +89,7 @@ def make_trainer(
             f"device_map: expected one process, which spreads its model over all devices, got {world.size}; "
             "leave --device-map or torchrun out"
         )
-    with world.one_first():
+    with world.one_first() if run.tp_plan is None else nullcontext():  # in parts, only all together load it
         load = load_model if cfg.loss_fn == "fvu" else load_language_model
         model = load(model_name, dataclasses.replace(run, device=device))
     with world.one_first():

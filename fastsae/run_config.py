@@ -58,6 +58,9 @@ class RunConfig:
     """Spread a model that is larger than one device: auto, balanced, balanced_low_0, sequential, or a JSON object of
     modules and devices (numbers of GPUs, cpu, disk); needs accelerate."""
 
+    tp_plan: Literal["auto"] | None = None
+    """Have all processes hold one model together, each a part of every layer, by transformers' tensor-parallel plan."""
+
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Precision of the model; auto is bfloat16 on a GPU that has it, float32 on a CPU."""
 
@@ -88,12 +91,20 @@ class RunConfig:
                 "a stream has no length, and the learning rate's schedule needs one"
             )
         self.dataset_options()
+        self._check_tensor_parallel()
         parse_device_map(self.device_map)
         if self.device_map is not None and self.device not in (None, "cuda"):
             raise ConfigError(
                 f"device_map: expected no --device with it, which chooses the devices, got {self.device!r}; "
                 "leave one of the two out"
             )
+
+    def _check_tensor_parallel(self) -> None:
+        if self.tp_plan is None:
+            return
+        for name in ("device_map", "load_in_8bit"):
+            if getattr(self, name):
+                raise ConfigError(f"tp_plan: expected no --{name.replace('_', '-')} with it, got both; leave one out")
 
     def dataset_options(self) -> dict[str, Any]:
         """``data_args`` as keyword arguments; numbers, true, false and none are read as such."""

@@ -21,6 +21,7 @@ from .activations import ActivationSource, ModelPass, Use
 from .batches import prefetched
 from .coders import activation_size, coder_specs, find_hookpoints, init_biases, make_coders
 from .config import TrainConfig
+from .distributed.shared_model import check_same_rows
 from .distributed.strategies import make_strategy
 from .distributed.world import World, current
 from .end_to_end import EndToEnd
@@ -48,9 +49,10 @@ class StepTrainer:
         rows, self.held_out_rows = split_held_out(dataset, cfg.held_out)
         self._held_out_start = self.held_out_rows.state_dict()
         self.source = model if isinstance(model, ActivationSource) else _model_pass(model, cfg)
+        self._readers = World() if self.source.shared else self.world  # of a shared model each rank reads all
         device = self.source.device
-        pin, together = device.type == "cuda", cfg.batch_size * self.world.size
-        self._batches = Batches(rows, together, pin=pin, part=self.world.part)
+        pin, together = device.type == "cuda", cfg.batch_size * self._readers.size
+        self._batches = Batches(rows, together, pin=pin, part=self._readers.part)
         self._cursor: Callable[[], dict[str, Any]] = rows.snapshot()  # after the batches trained on
         self.total_steps = -(-len(self._batches) // cfg.grad_acc_steps)
         if self.total_steps == 0:
@@ -58,12 +60,14 @@ class StepTrainer:
 
         self.hookpoints = self.source.hookpoints
         self.specs = coder_specs(cfg, self.hookpoints)
-        self._strategy = make_strategy(cfg, self.world, self.specs, device)
+        self._strategy = make_strategy(cfg, self.world, self.specs, device, shared=self.source.shared)
         own = {name: spec for name, spec in self.specs.items() if self._strategy.owns(name)}
         self.coders = make_coders(own, device, lambda spec: self._strategy.make(spec, cfg.implementation))
         self._finetuned = {} if cfg.finetune is None else load_pretrained(self.coders, cfg.finetune, self._model_name())
         self.metrics = {name: TrainingMetrics(name, coder) for name, coder in self.coders.items()}
         self.end_to_end = None
+        if cfg.loss_fn != "fvu" and self.source.shared:
+            raise ConfigError(f"loss_fn: expected fvu with --tp-plan, got {cfg.loss_fn}, of a model in one piece")
         if cfg.loss_fn != "fvu":
             if not isinstance(self.source, ModelPass):
                 raise ConfigError(
@@ -117,11 +121,13 @@ class StepTrainer:
         def deliver(hookpoint: str, x: Tensor, y: Tensor) -> None:
             self._strategy.deliver(hookpoint, x, y, use)
 
-        self.source.run(rows, deliver, at=at, empty=self.world.size > 1)
+        self.source.run(rows, deliver, at=at, empty=self._readers.size > 1)
         self._strategy.end_batch(use)
 
     def count_tokens(self, batches: list[dict[str, Tensor]], signal: int = 0) -> tuple[list[int], int]:
         """(tokens of each batch over all ranks, the highest ``signal`` that any rank received)."""
+        if self.source.shared:
+            check_same_rows(self.world, batches)
         return self._strategy.tokens([self.source.count(rows) for rows in batches], signal)
 
     def _train_hookpoint(self, hookpoint: str, x: Tensor, y: Tensor, share: float) -> None:
@@ -188,7 +194,7 @@ class StepTrainer:
 
     def _held_out(self) -> Batches:
         self.held_out_rows.load_state_dict(self._held_out_start)
-        return Batches(self.held_out_rows, self._batches.batch_size, part=self.world.part)
+        return Batches(self.held_out_rows, self._batches.batch_size, part=self._readers.part)
 
     def _measure(self, rows: dict[str, Tensor], use: Use) -> None:
         if self.count_tokens([rows])[0][0]:
@@ -198,7 +204,7 @@ class StepTrainer:
         """All that the next step depends on: plain values, and tensors."""
         return {
             "config": self.cfg.to_dict(),
-            "processes": self.world.size,
+            "processes": self._readers.size,
             "step": self.step,
             "tokens": self.tokens,
             "seconds": time.perf_counter() - self._start,

@@ -206,7 +206,7 @@ class Trainer(StepTrainer):
                 check_has_state(Path(folder))
                 self._lock.take(Path(folder))
             step, parts = read_newest_state(Path(folder))
-        check_same_run(self.cfg, parts[0], self.world.size)
+        check_same_run(self.cfg, parts[0], self._readers.size)
         self.load_state_dict(*parts)
         if self.world.first:
             rewind_metrics(Path(folder), step)

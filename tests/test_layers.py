@@ -23,11 +23,12 @@ FLOORS = {
     ],
     "fastsae": [
         "errors interrupt version demo token_text",
-        "fields finetune hub integrity memmap origin placement rows token_shuffle",
+        "fields finetune hub integrity memmap origin placement rows tensor_parallel token_shuffle",
         "config run_config stream training_state",
         "tokens options run_lock",
         "ops loss checkpoint overrides resume run_file run_folder tracking progress sources batches model_loss",
         "sae hooks data model retention",
+        "shards",
         "activations coders row_optimizer compat saving error_sums",
         "joint muon",
         "optim",
@@ -69,6 +70,7 @@ FLOORS = {
         "strategy row_file",
         "modules latent_slice",
         "latents",
+        "shared_model",
         "strategies",
     ],
     "report": ["__init__ config codes curves lens", "latents page", "run"],
@@ -118,7 +120,16 @@ KERNELS_MAY_IMPORT = {
 MAY_IMPORT_KERNELS = {"ops.py", "row_optimizer.py", "bench/cases.py", "planning/work.py"}
 MAY_IMPORT_HUGGING_FACE = {
     *("hooks.py", "run.py", "model.py", "trainer.py", "train_step.py", "coders.py", "cli/app.py", "demo/build.py"),
-    *("activations.py", "data.py", "sources.py", "stream.py", "tokens.py", "eval/evaluate.py", "eval/tokens.py"),
+    *(
+        "activations.py",
+        "data.py",
+        "sources.py",
+        "stream.py",
+        "tensor_parallel.py",
+        "tokens.py",
+        "eval/evaluate.py",
+        "eval/tokens.py",
+    ),
     *("compat/sparsify/data.py", "compat/sparsify/trainer.py"),
 }
 PEERS = {

@@ -12,7 +12,7 @@ from .. import demo
 from ..coders import CoderSpec, coder_specs
 from ..config import TrainConfig
 from ..data import foresee_rows
-from ..errors import ArtifactError
+from ..errors import ArtifactError, ConfigError
 from ..model import load_config, resolve_device, resolve_dtype
 from ..ops import resolve
 from ..rows import held_out_sequences
@@ -52,6 +52,12 @@ def plan(
     where it could not start.
     """
     run, planned = run or RunConfig(), planned or PlanConfig()
+    if run.tp_plan is not None:
+        raise ConfigError(
+            "tp_plan: expected a run whose processes each hold the model, got one whose processes hold it together, "
+            "which is not planned yet; leave --tp-plan out to plan for a single process with all coders and all of the "
+            "model, which is more than each of them will hold"
+        )
     dataset = dataset or (demo.DATASET if model == demo.NAME else DEFAULT_DATASET)
     device = planned_device(run.device)
     dtype = planned_dtype(run.dtype, device)
