@@ -47,7 +47,7 @@ nvidia-smi -q >"$out/nvidia-smi.txt" 2>&1 || rocm-smi >"$out/rocm-smi.txt" 2>&1
 "$python" benchmarks/growth.py --device cuda --json "$out/growth.json" 2>&1 | tee "$out/growth.log" || exit 1
 "$python" benchmarks/crossover.py --device cuda 2>&1 | tee "$out/crossover.log" || exit 1
 # A step beside the peers that are installed (benchmarks/peers/requirements.txt); fastsae alone where none is.
-have=fastsae
+have="fastsae fastsae-graph"
 for library in sparsify:eai-sparsify SAELens:sae-lens dictionary_learning:dictionary-learning; do
     "$python" -c "import importlib.metadata as m, sys; m.version(sys.argv[1])" "${library#*:}" 2>/dev/null && have="$have ${library%%:*}"
 done

@@ -206,6 +206,9 @@ class TrainConfig:
     implementation: Literal["auto", "triton", "cpu", "reference"] = "auto"
     """Which code computes the coders; auto chooses by device and says why."""
 
+    cuda_graph: bool = False
+    """Record each coder's step as a CUDA graph and replay it: faster for small coders, takes some memory more."""
+
     held_out: int = 64
     """Sequences kept out of training to measure the coders at the end, at most a twentieth of all."""
 
@@ -261,6 +264,8 @@ class TrainConfig:
         require(len(set(self.init_seeds)) == len(self.init_seeds) > 0, "init_seeds", "distinct seeds", self.init_seeds)
         if self.distribute_latents > 1:
             self._check_latent_slices()
+        if self.cuda_graph:
+            self._check_cuda_graph()
         if self.loss_fn != "fvu":
             self._check_end_to_end()
         if self.shuffle_tokens is not None and self.activations is None:
@@ -285,6 +290,19 @@ class TrainConfig:
                 "distribute_latents: expected another optimizer, got muon, whose update of a row depends on all rows; "
                 "use adam, or --distribute-modules"
             )
+
+    def _check_cuda_graph(self) -> None:
+        """A graph holds the optimizer's step, and can have nothing in it that differs from step to step."""
+        for name, plain in (
+            ("grad_acc_steps", 1), ("micro_acc_steps", 1), ("max_grad_norm", None), ("loss_fn", "fvu"),
+            ("distribute_latents", 1), ("exclude_tokens", ()),
+        ):  # fmt: skip
+            if getattr(self, name) != plain:
+                raise ConfigError(f"cuda_graph: expected {name} {plain!r} with it, got {getattr(self, name)!r}")
+        if self.optimizer not in ("adam", "adam8bit", "signum"):
+            raise ConfigError(f"cuda_graph: expected adam, adam8bit or signum with it, got {self.optimizer}")
+        if self.sae.activation == "batchtopk" or self.sae.matryoshka_widths:
+            raise ConfigError("cuda_graph: expected topk or groupmax of one width with it")
 
     def _check_end_to_end(self) -> None:
         for name, plain, way_out in (

@@ -8,7 +8,7 @@ Two ways to the same numbers: ``coder_step``, which knows the losses and needs n
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,6 +19,9 @@ from .errors import OutOfMemoryError, is_out_of_memory
 from .ops import Block, Coder, GradSink, Loss
 from .row_optimizer import RowOptimizer
 from .sae import FastSae, ForwardOutput
+
+if TYPE_CHECKING:
+    from .ops import GraphedStep
 
 
 class StepLosses(NamedTuple):
@@ -46,13 +49,14 @@ def joint_step(
     inside: bool = True,
     k: int | None = None,
     selected: list[Block] | None = None,
+    graphed: GraphedStep | None = None,
 ) -> StepLosses:
     """Losses of a batch, or of a chunk of it, and their gradients times ``share`` added to the coder's.
 
     With an ``optimizer`` its narrow copies of the matrices are computed with, where it keeps them; ``inside``, the
     matrices take their step at once, and only the small tensors get gradients.
     ``k``: active latents in this step, by default the coder's. ``selected``: what :func:`select` selected for these
-    tokens. Where memory runs out, torch's error comes through
+    tokens. ``graphed``: what replays the step. Where memory runs out, torch's error comes through
     as long as nothing was changed; :class:`OutOfMemoryError` says that the step was half done.
     """
     k = k or coder.cfg.k
@@ -72,7 +76,7 @@ def joint_step(
         out = ops.coder_step(
             x, y, _tensors(coder, optimizer), loss, sink,
             k=k, activation=coder.cfg.activation, implementation=coder.implementation, peers=coder.peers,
-            selected=selected,
+            selected=selected, graphed=graphed,
         )  # fmt: skip
     except RuntimeError as error:
         if sink.begun and is_out_of_memory(error):

@@ -11,9 +11,10 @@ from torch import Tensor
 
 def total_variance(y: Tensor) -> Tensor:  # [N, D] -> []
     """Σ ‖y_n - mean(y)‖²: the denominator of FVU."""
-    if y.is_cuda:  # fewer passes over memory
-        wide = torch.promote_types(y.dtype, torch.float32)
-        return torch.linalg.vector_norm(y - y.mean(0, dtype=wide)).square()
+    if y.is_cuda and y.dtype != torch.float64 and not y.requires_grad and not torch.compiler.is_compiling():
+        from fastsae_kernels.center import squared_distance  # without a wide copy
+
+        return squared_distance(y, y.mean(0, dtype=torch.float32))
     y = _wide(y)
     return (y - y.mean(0)).square().sum()
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections import deque
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -15,9 +16,12 @@ from .config import TrainConfig
 from .errors import OutOfMemoryError, is_out_of_memory
 from .joint import joint_step, select
 from .metrics import TrainingMetrics
-from .ops import selection_of
+from .ops import graphed_step, selection_of
 from .row_optimizer import RowOptimizer
 from .sae import FastSae
+
+if TYPE_CHECKING:
+    from .ops import GraphedStep
 
 logger = logging.getLogger("fastsae")
 
@@ -35,8 +39,10 @@ class MicroBatches:
     changed.
     """
 
-    def __init__(self, parts: int):
+    def __init__(self, parts: int, *, graphs: bool = False):
         self.parts = parts
+        self._graphed: dict[str, GraphedStep] | None = {} if graphs else None
+        """By coder: its whole batches' step as a CUDA graph."""
 
     def train(
         self,
@@ -55,6 +61,7 @@ class MicroBatches:
         step: int = 0,  # from 0
     ) -> None:
         """Gradients and metrics of a batch; ``inside``: and the matrices' step, if memory lasts for it."""
+        graphed = self._graphed_step(metrics.name) if inside else None
         todo, batch, least = deque(_parts(0, len(y), self.parts)), None, []
         while todo:
             begin, end = todo.popleft()
@@ -64,7 +71,7 @@ class MicroBatches:
                 losses = joint_step(
                     coder, x[begin:end], y[begin:end], variance, cfg, dead=metrics.dead_ids(),
                     num_dead=metrics.num_dead(), share=share, optimizer=optimizer, inside=inside, k=k,
-                    selected=None if batch is None else selection_of(batch, begin, end),
+                    selected=None if batch is None else selection_of(batch, begin, end), graphed=graphed,
                 )  # fmt: skip
             except RuntimeError as error:
                 if not is_out_of_memory(error):
@@ -78,12 +85,17 @@ class MicroBatches:
             if losses is None:
                 self._halve(metrics.name, end - begin, len(y))
                 todo.extendleft(reversed(_parts(begin, end, 2)))
-                inside = False
+                inside, graphed = False, None
             else:
                 metrics.add(losses, (end - begin) / count)
                 least += [] if losses.least is None else [losses.least]
         if least:
             coder.learn_threshold(torch.stack(least).min(), max(THRESHOLD_RATE, 1 / (step + 1)))
+
+    def _graphed_step(self, name: str) -> GraphedStep | None:
+        if self._graphed is not None and name not in self._graphed:
+            self._graphed[name] = graphed_step()
+        return None if self._graphed is None else self._graphed[name]
 
     def _halve(self, name: str, tokens: int, all_tokens: int) -> None:
         """Of a batch of ``all_tokens``, a part of ``tokens`` did not fit: make parts of half that size."""

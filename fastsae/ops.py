@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.util
 import logging
 import os
+from typing import TYPE_CHECKING
 
 import fastsae_kernels
 import torch
@@ -19,6 +20,9 @@ from fastsae_kernels.step import Sink
 from torch import Tensor
 
 from .errors import ConfigError
+
+if TYPE_CHECKING:
+    from fastsae_kernels.graphed_step import GraphedStep
 
 logger = logging.getLogger("fastsae")
 _logged: set[str] = set()
@@ -36,6 +40,7 @@ __all__ = [
     "all_winners",
     "batch_topk_encode",
     "coder_step",
+    "graphed_step",
     "own_k",
     "own_winners",
     "resolve",
@@ -121,12 +126,19 @@ def sparse_decode(
 
 
 def coder_step(
-    x: Tensor, target: Tensor, coder: Coder, loss: Loss, sink: Sink, *, implementation: str, **options
-) -> StepOutput:
-    """:func:`fastsae_kernels.coder_step` by the implementation that fits ``x.device``."""
-    return fastsae_kernels.coder_step(
-        x, target, coder, loss, sink, implementation=resolve(implementation, x.device), **options
-    )
+    x: Tensor, target: Tensor, coder: Coder, loss: Loss, sink: Sink, *, implementation: str,
+    graphed: GraphedStep | None = None, **options,
+) -> StepOutput:  # fmt: skip
+    """:func:`fastsae_kernels.coder_step`, or what replays it, by the implementation that fits ``x.device``."""
+    step = fastsae_kernels.coder_step if graphed is None else graphed
+    return step(x, target, coder, loss, sink, implementation=resolve(implementation, x.device), **options)
+
+
+def graphed_step() -> GraphedStep:
+    """:func:`coder_step` of one coder as a CUDA graph, where it can be one; needs Triton."""
+    from fastsae_kernels.graphed_step import GraphedStep
+
+    return GraphedStep()
 
 
 def select_batch(x: Tensor, coder: Coder, k: int, *, implementation: str, **options) -> list[Block]:

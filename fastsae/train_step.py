@@ -51,6 +51,8 @@ class StepTrainer:
         self.source = model if isinstance(model, ActivationSource) else _model_pass(model, cfg)
         self._readers = World() if self.source.shared else self.world  # of a shared model each rank reads all
         device = self.source.device
+        if cfg.cuda_graph and device.type != "cuda":
+            raise ConfigError(f"cuda_graph: expected a GPU, got {device}; leave it out")
         pin, together = device.type == "cuda", cfg.batch_size * self._readers.size
         self._batches = Batches(rows, together, pin=pin, part=self._readers.part)
         self._cursor: Callable[[], dict[str, Any]] = rows.snapshot()  # after the batches trained on
@@ -77,7 +79,7 @@ class StepTrainer:
         low_dtype = self.source.dtype if device.type == "cuda" and self.source.dtype != torch.float32 else None
         self.optimizer = make_optimizer(cfg, self.coders.values(), low_dtype)
         self.schedule = make_schedule(cfg, self.optimizer, self.total_steps)
-        self.micro_batches = MicroBatches(cfg.micro_acc_steps)
+        self.micro_batches = MicroBatches(cfg.micro_acc_steps, graphs=cfg.cuda_graph)
         self._shuffles = TokenShuffles(cfg.token_buffer, device)
         self.step = 0
         self.tokens = 0
@@ -231,7 +233,8 @@ class StepTrainer:
             self.end_to_end.load_state_dict(state["end_to_end"])
         load_into(self.coders, self.metrics, self.optimizer, self.schedule, parts, threshold)
         self.step, self.tokens, self._seconds = state["step"], state["tokens"], state["seconds"]
-        self.micro_batches = MicroBatches(max(self.cfg.micro_acc_steps, *(part["micro_batches"] for part in parts)))
+        parts_of_batch = max(self.cfg.micro_acc_steps, *(part["micro_batches"] for part in parts))
+        self.micro_batches = MicroBatches(parts_of_batch, graphs=self.cfg.cuda_graph)
         self._shuffles.load_state_dict(self._own_buffers(parts))
         self._initialised = {name for part in parts for name in part["initialised"]}
         self._activation_sizes = {name: size for part in parts for name, size in part["activation_sizes"].items()}

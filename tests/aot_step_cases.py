@@ -44,7 +44,7 @@ def latent_step_cases(target: str) -> list[Case]:
     pointers |= {"acts_ptr": "*fp32", "grad_ptr": "*bf16", "scale_ptr": "*fp32", "x_ptr": "*bf16"}
     pointers |= {"part_dec_ptr": "*fp32", "part_enc_ptr": "*fp32", "part_db_ptr": "*fp32", "aux_row_ptr": "*i32"}
     pointers |= {"aux_dec_ptr": "*fp32", "aux_enc_ptr": "*fp32", "aux_db_ptr": "*fp32", "db_ptr": "*fp32"}
-    pointers |= {"through_ptr": "*fp32", "N": "i32", "L": "i32"} | SCALARS
+    pointers |= {"through_ptr": "*fp32", "N": "i32", "L": "i32", "scalars_ptr": "*fp32"} | SCALARS
     for side in ("enc", "dec"):
         pointers |= {f"W_{side}_ptr": "*fp32", f"{side}_low_ptr": "*bf16"}
 
@@ -63,7 +63,7 @@ def latent_step_cases(target: str) -> list[Case]:
             | {"ENC_UNIT_ROWS": False, "DEC_UNIT_ROWS": True}
             | {"LATENTS": config.LATENTS, "BLOCK_P": config.BLOCK_P, "BLOCK_D": config.BLOCK_D}
             | {"STAGES": config.STAGES},
-            options={"num_warps": config.num_warps},
+            options=config.options,
             unaligned=frozenset({"N", "L", "split"}),
         )
 

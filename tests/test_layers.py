@@ -10,14 +10,14 @@ FLOORS = {
     "fastsae_kernels": [
         "keys ranks configs tuning reference cpu_sampled cpu_bound gemm_tile by_latent rules step_sizes",
         "cpu_select cpu_candidates split",
-        "auxk batch_topk",
+        "auxk batch_topk center",
         "encoder_choice groupmax decode cpu_screen step_parts",
         "select act_grad cpu reference_step dense_step prefixes",
         "resolve latent_grad cpu_step row_update",
         "encode cpu_memory gpu_memory",
         "launch latent_step update reference_memory",
         "autograd step",
-        "varying",
+        "varying graphed_step",
         "__init__",
         "testing",
     ],
@@ -117,7 +117,7 @@ KERNELS_MAY_IMPORT = {
     *("__future__", "torch", "triton", "typing", "os", "functools", "math", "dataclasses", "collections"),
     *("contextlib", "types", "json", "logging", "pathlib", "tempfile", "threading", "warnings"),
 }
-MAY_IMPORT_KERNELS = {"ops.py", "row_optimizer.py", "bench/cases.py", "planning/work.py"}
+MAY_IMPORT_KERNELS = {"loss.py", "ops.py", "row_optimizer.py", "bench/cases.py", "planning/work.py"}
 MAY_IMPORT_HUGGING_FACE = {
     *("hooks.py", "run.py", "model.py", "trainer.py", "train_step.py", "coders.py", "cli/app.py", "demo/build.py"),
     *(

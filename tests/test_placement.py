@@ -54,7 +54,8 @@ def test_training_on_a_model_in_parts_gives_the_same_bytes(saved, tmp_path):
             save_dir=str(tmp_path),
             run_name=name,
         )
-        Trainer(cfg, token_rows(24, 8), load_model(saved, RunConfig(device_map=device_map))).fit(progress=False)
+        run = RunConfig(device_map=device_map, device=None if device_map else "cpu")
+        Trainer(cfg, token_rows(24, 8), load_model(saved, run)).fit(progress=False)
         weights.append([load_file(tmp_path / name / at / "sae.safetensors") for at in ("h.1", "h.2")])
     for whole, parts in zip(*weights, strict=True):
         assert all(torch.equal(whole[key], parts[key]) for key in whole)

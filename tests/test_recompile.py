@@ -27,7 +27,7 @@ KERNELS = {
     "decode_backward": {"_latent_grad_kernel"},
     "encode_backward": {"_latent_grad_kernel"},
     "coder_backward": {"_latent_grad_kernel"},
-    "coder_step": {"_select_kernel", "_decode_kernel", "_latent_grad_kernel", "_latent_step_kernel"},
+    "coder_step": {"_center_kernel", "_select_kernel", "_decode_kernel", "_latent_grad_kernel", "_latent_step_kernel"},
     "row_update": {"_row_update_kernel"},
 }
 """What each launcher of `launch_keys.py` launches."""

@@ -12,6 +12,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import NamedTuple, Protocol
 
 import torch
@@ -50,8 +51,8 @@ class Contestant(Protocol):
 class Fastsae:
     """fastsae's joint step with its row-wise Adam: what ``fastsae train`` runs at every hookpoint."""
 
-    def __init__(self, s: Setting):
-        from fastsae import FastSae, SaeConfig, TrainConfig
+    def __init__(self, s: Setting, *, graph: bool = False):
+        from fastsae import FastSae, SaeConfig, TrainConfig, ops
         from fastsae.coders import init_biases
         from fastsae.optim import make_optimizer
 
@@ -61,6 +62,7 @@ class Fastsae:
         low = s.dtype if s.dtype != torch.float32 else None
         self.optimizer = make_optimizer(self.cfg, [self.coder], low)
         self._init, self._started = init_biases, False
+        self._graphed = ops.graphed_step() if graph else None
 
     def step(self, x: Tensor) -> None:
         from fastsae import loss
@@ -70,7 +72,9 @@ class Fastsae:
             self._init(self.coder, x, x)
             self._started = True
         variance = loss.total_variance(x)
-        joint_step(self.coder, x, x, variance, self.cfg, dead=None, share=1.0, optimizer=self.optimizer)
+        joint_step(
+            self.coder, x, x, variance, self.cfg, dead=None, share=1.0, optimizer=self.optimizer, graphed=self._graphed
+        )
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=False)
 
@@ -174,6 +178,7 @@ class DictionaryLearning:
 
 PACKAGES: dict[str, tuple[str, Callable[[Setting], Contestant]]] = {
     "fastsae": ("fastsae", Fastsae),
+    "fastsae-graph": ("fastsae", partial(Fastsae, graph=True)),  # --cuda-graph
     "sparsify": ("eai-sparsify", Sparsify),
     "SAELens": ("sae-lens", SaeLens),
     "dictionary_learning": ("dictionary-learning", DictionaryLearning),

@@ -44,7 +44,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--cases", nargs="+", choices=list(CASES))
-    parser.add_argument("--only", nargs="+", default=list(PACKAGES), choices=list(PACKAGES))
+    parser.add_argument("--only", nargs="+", choices=list(PACKAGES))
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--memory-of", nargs=2, metavar=("CASE", "LIBRARY"), help=argparse.SUPPRESS)
@@ -53,6 +53,7 @@ def main() -> None:
     if args.memory_of:
         print(json.dumps(peak_memory(*args.memory_of)))
         return
+    args.only = args.only or [name for name in PACKAGES if args.device == "cuda" or name != "fastsae-graph"]
     versions = {name: installed_version(PACKAGES[name][0]) for name in args.only}
     missing = [name for name, version in versions.items() if version is None]
     if missing:

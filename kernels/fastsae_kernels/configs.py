@@ -299,12 +299,21 @@ class LatentStepConfig:
     STAGES: int = 0
     """See :class:`LatentGradConfig`."""
 
+    max_registers: int | None = None
+    """Of a thread, where the compiler would take more and leave room for fewer programs at a time."""
+
+    @property
+    def options(self) -> dict[str, int]:
+        """Of the launch."""
+        return {"num_warps": self.num_warps} | ({"maxnreg": self.max_registers} if self.max_registers else {})
+
 
 def latent_step_config(D: int, family: str) -> LatentStepConfig:
     """Few registers a thread, so that two rows or more share a multiprocessor; pairs of wide rows come one by one."""
     BLOCK_D = max(16, triton.next_power_of_2(D))
     warps = max(1, BLOCK_D // (1024 if family == "gfx942" else 512))
     stages = 0 if interpreting() or BLOCK_D > 2048 else 2  # wider rows leave no registers for it
+    registers = {1024: 96, 2048: 128}.get(BLOCK_D) if family == "sm_90" else None  # 7 % faster on an H200
     if BLOCK_D <= 1024:
-        return LatentStepConfig(4, 1024 // BLOCK_D, BLOCK_D, warps, stages)
-    return LatentStepConfig(16, 2 if BLOCK_D == 2048 else 1, BLOCK_D, warps, stages)
+        return LatentStepConfig(4, 1024 // BLOCK_D, BLOCK_D, warps, stages, registers)
+    return LatentStepConfig(16, 2 if BLOCK_D == 2048 else 1, BLOCK_D, warps, stages, registers)

@@ -19,10 +19,10 @@ from . import dense_step
 from .auxk import AuxGrads
 from .cpu import decode, encode
 from .cpu_sampled import ragged_products
-from .reference import accumulator_dtype
+from .reference import accumulator_dtype, center
 from .step_parts import Batch, Coder, RowGrads, Sink, deliver
 
-__all__ = ["backward", "decode_residual", "encode"]
+__all__ = ["backward", "center", "decode_residual", "encode"]
 
 BLOCK_BYTES = 6 * 2**20
 """Of one matrix's gradient rows: with its weights and moments they fill a share of the last-level cache."""

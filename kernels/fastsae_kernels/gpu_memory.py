@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 
 from .by_latent import chunk_size
+from .center import BLOCK_D, BLOCK_N
 from .configs import CHUNK_BYTES, default_encode, gpu_family, latent_step_config, list_length
 from .encoder_choice import choose_for_family
 from .step_sizes import FLOAT, INDEX, Sizes, kept_index
@@ -28,8 +29,8 @@ def scratch(_s: Sizes) -> int:
 
 
 def variance(s: Sizes) -> int:
-    """The losses' denominator: the targets' differences from their mean, in float32."""
-    return s.rows(s.d_out)
+    """The losses' denominator: the targets' mean, and a sum per tile."""
+    return FLOAT * (s.d_out + -(-s.tokens // BLOCK_N) * -(-s.d_out // BLOCK_D))
 
 
 def encoding(s: Sizes) -> int:

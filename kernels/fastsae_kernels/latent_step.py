@@ -17,6 +17,7 @@ from torch import Tensor
 
 from . import dense_step
 from .auxk import AuxGrads
+from .center import center
 from .configs import gpu_family, latent_step_config
 from .decode import decode_residual as _decode_residual
 from .encode import encode
@@ -24,7 +25,7 @@ from .latent_grad import LatentGrads, add_chunks, add_pairs, chunk_partials, cod
 from .row_update import CODES, fits, scalars, state_pointers, update, update_row
 from .step_parts import Batch, Coder, RowGrads, RowStep, Sink, deliver
 
-__all__ = ["backward", "decode_residual", "encode"]
+__all__ = ["backward", "center", "decode_residual", "encode"]
 
 
 @triton.jit(do_not_specialize=["N", "L", "split"])
@@ -36,11 +37,15 @@ def _latent_step_kernel(
     W_enc_ptr, enc_first_ptr, enc_second_ptr, enc_first_scale_ptr, enc_second_scale_ptr, enc_low_ptr,
     W_dec_ptr, dec_first_ptr, dec_second_ptr, dec_first_scale_ptr, dec_second_scale_ptr, dec_low_ptr,
     db_ptr, through_ptr,  # [L], [B, D]; through_ptr None: not asked for
-    N, L, lr, beta1, beta2, eps, correction1, correction2,
+    N, L, scalars_ptr,  # [6], read in place of the six numbers that follow; None: they are right
+    lr, beta1, beta2, eps, correction1, correction2,
     D: tl.constexpr, K: tl.constexpr, FIRST_K: tl.constexpr,
     RULE: tl.constexpr, ENC_UNIT_ROWS: tl.constexpr, DEC_UNIT_ROWS: tl.constexpr,
     LATENTS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
+    if scalars_ptr is not None:
+        lr, beta1, beta2 = tl.load(scalars_ptr), tl.load(scalars_ptr + 1), tl.load(scalars_ptr + 2)
+        eps, correction1, correction2 = tl.load(scalars_ptr + 3), tl.load(scalars_ptr + 4), tl.load(scalars_ptr + 5)
     block = tl.program_id(0).to(tl.int64)
     offs_d = tl.arange(0, BLOCK_D)
     mask_d = offs_d < D
@@ -109,10 +114,10 @@ def decode_residual(
 def backward(batch: Batch, coder: Coder, aux: AuxGrads | None, sink: Sink) -> tuple[Tensor, Tensor]:
     """Gradient rows to ``sink``; d_bias [L] and ``W_encᵀ d_bias`` [D]. A RowStep that fits runs in the kernel."""
     with torch.cuda.device_of(batch.x):
+        if isinstance(sink, RowStep) and runs_inside(sink, len(coder.bias), batch.top_acts.shape[1], batch.x.device):
+            return _fused(batch, coder, aux, sink)
         if dense_step.pays(len(coder.bias), batch.top_acts.shape[1], batch.x.device):
             return _dense(batch, coder, aux, sink)
-        if isinstance(sink, RowStep) and _one_kernel(sink):
-            return _fused(batch, coder, aux, sink)
         grads = _grads(batch, coder.used_W_dec)
         block = RowGrads(0, len(coder.bias), grads.dW_enc, grads.db_enc, grads.dW_dec)
         return deliver([block], coder, aux, _kernel_sink(sink))
@@ -147,9 +152,11 @@ def _kernel_sink(sink: Sink) -> Sink:
     return sink
 
 
-def _one_kernel(step: RowStep) -> bool:
-    """Whether both matrices' rows have one width, and fit."""
+def runs_inside(step: RowStep, num_latents: int, slots: int, device: torch.device) -> bool:
+    """Whether the optimizer's step is in the backward kernel: rows of one width that fit, and no dense products."""
     matrices = (step.encoder, step.decoder)
+    if dense_step.pays(num_latents, slots, device):
+        return False
     return step.encoder.weight.shape == step.decoder.weight.shape and all(fits(step.rule, m) for m in matrices)
 
 
@@ -173,11 +180,11 @@ def _fused(batch: Batch, coder: Coder, aux: AuxGrads | None, sink: RowStep) -> t
         index.pairs, index.offsets, index.chunk_offsets, index.split,
         batch.top_acts.contiguous(), residual, batch.scale, x, *partials, *aux_rows,
         sink.encoder.weight, *state_pointers(sink.encoder), sink.decoder.weight, *state_pointers(sink.decoder),
-        d_bias, through, N, L, *scalars(sink.rule, sink.lr, sink.step),
+        d_bias, through, N, L, sink.scalars, *scalars(sink.rule, sink.lr, sink.step),
         D=D, K=K, FIRST_K=batch.first_k, RULE=CODES[sink.rule.name],
         ENC_UNIT_ROWS=sink.encoder.unit_rows, DEC_UNIT_ROWS=sink.decoder.unit_rows,
         LATENTS=config.LATENTS, BLOCK_P=config.BLOCK_P, BLOCK_D=config.BLOCK_D, STAGES=config.STAGES,
-        num_warps=config.num_warps,
+        **config.options,
     )  # fmt: skip
     return d_bias, d_bias.new_zeros(()) if through is None else through.sum(0)
 

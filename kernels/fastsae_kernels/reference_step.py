@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from .auxk import AuxGrads
-from .reference import accumulator_dtype, scores, select, sparse_decode
+from .reference import accumulator_dtype, center, scores, select, sparse_decode
 from .step_parts import Batch, Coder, RowGrads, Sink, deliver
 
-__all__ = ["backward", "decode_residual", "encode"]
+__all__ = ["backward", "center", "decode_residual", "encode"]
 
 
 def encode(x: Tensor, weight: Tensor, bias: Tensor, k: int, activation: str, _mask: None) -> tuple[Tensor, Tensor]:

@@ -89,7 +89,7 @@ def coder_step(
     """
     _check(loss, k, activation, len(coder.bias), peers)
     backend = _backend(implementation)
-    centered = reference.center(x, coder.b_dec if coder.centered else None)
+    centered = backend.center(x, coder.b_dec) if coder.centered else x
     first_k, width = (k, loss.multi_k) if loss.multi_k else (0, k)
     if selected is not None:
         blocks = selected
@@ -137,8 +137,9 @@ def coder_step(
 @torch.no_grad()
 def select_batch(x: Tensor, coder: Coder, k: int, *, parts: int = 1, implementation: str = "triton") -> list[Block]:
     """BatchTopK's selection of a whole batch x [N, D], for :func:`coder_step` on parts of it; encodes part by part."""
-    centered = reference.center(x, coder.b_dec if coder.centered else None)
-    return _select(_backend(implementation), centered, coder, k, "batchtopk", parts)
+    backend = _backend(implementation)
+    centered = backend.center(x, coder.b_dec) if coder.centered else x
+    return _select(backend, centered, coder, k, "batchtopk", parts)
 
 
 def _select(backend: ModuleType, x: Tensor, coder: Coder, k: int, activation: str, parts: int = 1) -> list[Block]:
@@ -178,7 +179,7 @@ def _check(loss: Loss, k: int, activation: str, num_latents: int, peers: Peers |
 
 
 def _backend(implementation: str) -> ModuleType:
-    """The module with ``encode, decode_residual, backward`` of that name."""
+    """The module with ``center, encode, decode_residual, backward`` of that name."""
     if implementation == "triton":
         from . import latent_step as backend
     elif implementation == "cpu":

@@ -110,6 +110,8 @@ class RowStep:
     encoder: Rows
     decoder: Rows
     begun: bool = False
+    scalars: Tensor | None = None
+    """[6] float32 on the GPU: what ``row_update.scalars`` gives, for a recorded step, whose numbers change."""
 
     def rows(self, begin: int, end: int, dW_enc: Tensor, dW_dec: Tensor) -> None:
         self.begun = True

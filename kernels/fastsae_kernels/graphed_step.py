@@ -1,0 +1,116 @@
+"""A coder's training step as a CUDA graph: one launch in place of some forty.
+
+Shapes: N tokens, D width in, E width out.
+
+On a fast GPU a small coder's kernels take less time than Python needs to launch them. A graph is recorded once
+and replayed on whatever lies in its inputs' memory; it computes what :func:`.step.coder_step` does, bit for bit. It
+holds on to what a step allocates, in memory that all graphs of a process share.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import latent_step
+from .row_update import scalars
+from .step import Loss, StepOutput, coder_step
+from .step_parts import Coder, RowStep, Sink
+
+logger = logging.getLogger("fastsae")
+
+EAGER_STEPS = 2
+"""Steps alike that come before a recording: they compile, and reserve what libraries need for themselves."""
+
+_pools: dict[torch.device, Any] = {}
+
+
+class GraphedStep:
+    """:func:`coder_step` for one coder, replayed from the third step on that is like the one before.
+
+    Alike: shapes, dtypes, losses, k, and where the coder's and the optimizer's tensors lie. What no graph can do (dead
+    latents, whose number changes; BatchTopK; a sink other than the kernel's) is done step by step, as is
+    everything where memory does not suffice to record. The output's tensors are overwritten by the next step.
+    """
+
+    def __init__(self) -> None:
+        self.replays = 0
+        self._key: tuple[Any, ...] | None = None
+        self._alike = 0
+        self._recorded: _Recorded | None = None
+        self._failed = False
+
+    def __call__(
+        self, x: Tensor, target: Tensor, coder: Coder, loss: Loss, sink: Sink, *, k: int, **options: Any
+    ) -> StepOutput:
+        """As :func:`coder_step`."""
+        if self._failed or not _can_record(x, coder, loss, sink, k, **options):
+            return coder_step(x, target, coder, loss, sink, k=k, **options)
+        assert isinstance(sink, RowStep)
+        key = _key(x, target, coder, loss, sink, k, options)
+        if key != self._key:
+            self._key, self._alike, self._recorded = key, 0, None
+        self._alike += 1
+        if self._recorded is None and self._alike > EAGER_STEPS:
+            try:
+                self._recorded = _Recorded(x, target, coder, loss, sink, k, options)
+            except RuntimeError as error:
+                logger.warning("no CUDA graph could be recorded, going on step by step: %s", str(error).splitlines()[0])
+                self._failed = True
+        if self._recorded is None:
+            return coder_step(x, target, coder, loss, sink, k=k, **options)
+        sink.begun = True
+        self.replays += 1
+        return self._recorded.replay(x, target, loss.variance, sink)
+
+
+class _Recorded:
+    """The graph, and the memory of its inputs and outputs."""
+
+    def __init__(
+        self, x: Tensor, target: Tensor, coder: Coder, loss: Loss, sink: RowStep, k: int, options: dict[str, Any]
+    ):
+        self._x = torch.empty_like(x, memory_format=torch.contiguous_format)
+        self._target = self._x if target is x else torch.empty_like(target, memory_format=torch.contiguous_format)
+        self._variance = torch.empty_like(loss.variance)
+        self._scalars = x.new_empty(6, dtype=torch.float32)
+        mine, own_loss = replace(sink, scalars=self._scalars), loss._replace(variance=self._variance)
+        self._graph = torch.cuda.CUDAGraph()
+        pool = _pools.setdefault(x.device, torch.cuda.graph_pool_handle())
+        with torch.cuda.device(x.device), torch.cuda.graph(self._graph, pool, capture_error_mode="thread_local"):
+            self._out = coder_step(self._x, self._target, coder, own_loss, mine, k=k, **options)
+
+    def replay(self, x: Tensor, target: Tensor, variance: Tensor, sink: RowStep) -> StepOutput:
+        self._x.copy_(x)
+        if self._target is not self._x:
+            self._target.copy_(target)
+        self._variance.copy_(variance)
+        numbers = torch.tensor(scalars(sink.rule, sink.lr, sink.step), dtype=torch.float32, pin_memory=True)
+        self._scalars.copy_(numbers, non_blocking=True)
+        self._graph.replay()
+        return self._out
+
+
+def _can_record(
+    x: Tensor, coder: Coder, loss: Loss, sink: Sink, k: int, *, activation: str = "topk",
+    implementation: str = "triton", peers: Any = None, selected: Any = None,
+) -> bool:  # fmt: skip
+    return (
+        x.is_cuda and len(x) > 0 and implementation == "triton" and activation != "batchtopk"
+        and peers is None and selected is None and loss.dead is None and not loss.prefixes
+        and isinstance(sink, RowStep) and latent_step.runs_inside(sink, len(coder.bias), loss.multi_k or k, x.device)
+    )  # fmt: skip
+
+
+def _key(
+    x: Tensor, target: Tensor, coder: Coder, loss: Loss, sink: RowStep, k: int, options: dict[str, Any]
+) -> tuple[Any, ...]:
+    """What a recording is made for; two numbers change with every step: the learning rate and the step's."""
+    matrices = [t for rows in (sink.encoder, sink.decoder) for t in (rows.weight, rows.low, *rows.state.values())]
+    places = tuple(t.data_ptr() for t in (*coder, *matrices) if isinstance(t, Tensor))
+    about = (x.shape, x.dtype, target is x, target.shape, target.dtype, k, *sorted(options.items()))
+    return (*about, loss._replace(variance=loss.variance.dtype), coder.centered, sink.rule, places)  # type: ignore
