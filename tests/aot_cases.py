@@ -13,7 +13,7 @@ from dataclasses import replace
 import torch
 from aot import Case
 from aot_sparse_cases import act_grad_cases, decode_cases, latent_grad_cases
-from aot_step_cases import latent_step_cases, row_update_cases
+from aot_step_cases import center_cases, latent_step_cases, row_update_cases
 from fastsae_kernels import configs, groupmax
 
 select_module = importlib.import_module("fastsae_kernels.select")
@@ -125,6 +125,7 @@ KERNELS: tuple[Callable[[str], list[Case]], ...] = (
     latent_grad_cases,
     row_update_cases,
     latent_step_cases,
+    center_cases,
 )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from aot import Case
-from fastsae_kernels import configs, latent_step, row_update
+from fastsae_kernels import center, configs, latent_step, row_update
 
 K = 64
 STATES = {  # what a rule's state looks like: first, second, and their scales
@@ -19,6 +19,23 @@ def _state(rule: str, prefix: str = "") -> tuple[dict[str, str], dict[str, None]
     """Pointers that the rule has, and those that it has not."""
     have = {f"{prefix}{part}_ptr": kind for part, kind in STATES[rule].items()}
     return have, {f"{prefix}{part}_ptr": None for part in PARTS if part not in STATES[rule]}
+
+
+def center_cases(_target: str) -> list[Case]:
+    """Activations less a row, and their squared distance from it."""
+
+    def case(D: int, asked: str, other: str) -> Case:
+        return Case(
+            name=f"center {D} {asked} bf16",
+            kernel=center._center_kernel,
+            types={"x_ptr": "*bf16", "shift_ptr": "*fp32", "N": "i32"}
+            | {f"{asked}_ptr": "*bf16" if asked == "out" else "*fp32"},
+            constexprs={f"{other}_ptr": None, "D": D, "BLOCK_N": center.BLOCK_N, "BLOCK_D": center.BLOCK_D},
+            options={"num_warps": 4},
+            unaligned=frozenset({"N"}),
+        )
+
+    return [case(D, *asked) for D in (768, 4096) for asked in (("out", "sums"), ("sums", "out"))]
 
 
 def row_update_cases(target: str) -> list[Case]:

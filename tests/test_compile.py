@@ -42,6 +42,7 @@ MAX_REGISTERS = {
         "latent_grad": 160,
         "row_update": 120,
         "latent_step": 208,
+        "center": 64,
     },
     "3.6": {
         "encode": 256,
@@ -54,10 +55,18 @@ MAX_REGISTERS = {
         "latent_grad": 160,
         "row_update": 120,
         "latent_step": 208,
+        "center": 64,
     },
 }
 """Per thread, by Triton and beginning of a case's name; the largest over targets and cases."""
 KERNELS = MAX_REGISTERS["3.9"]
+
+
+MAX_SPILLS = {
+    "3.6": {"latent_step adam 768 bf16": 8, "latent_step adam 1024 bf16": 19, "latent_step adam 2048 bf16": 6}
+}
+"""Stores of a register to memory, by Triton and case on sm_90, where an H200 was faster with them: the programs
+that fit beside each other outweigh them (``benchmarks/results/latent-step-h200-2026-11-27.txt``). Elsewhere none."""
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +103,8 @@ def of(reports, target: str, kernel: str = "") -> dict[str, dict]:
 def test_every_config_compiles_within_its_gpu(reports, target):
     for case, report in of(reports, target).items():
         assert "error" not in report, f"{case}: {report['error']}"
-        assert report["spills"] == 0, f"{case}: {report['spills']} spills"
+        allowed = MAX_SPILLS.get(report["triton"].rsplit(".", 1)[0], {}) if target == "sm_90" else {}
+        assert report["spills"] <= allowed.get(case, 0), f"{case}: {report['spills']} spills"
         assert report["shared"] <= SHARED_BYTES[target], f"{case}: {report['shared']} bytes of shared memory"
         assert report["float_atomics"] == 0, f"{case}: float atomics are not deterministic"
 
@@ -136,6 +146,6 @@ def test_tiles_are_copied_asynchronously_and_reduced_in_registers(reports, targe
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_rows_are_read_in_words_of_128_bits(reports, target):
-    for kernel in ("resolve", "select", "decode", "act_grad", "latent_grad", "row_update", "latent_step"):
+    for kernel in ("resolve", "select", "decode", "act_grad", "latent_grad", "row_update", "latent_step", "center"):
         for case, report in of(reports, target, kernel).items():
             assert report["loads_128"] > 0, case

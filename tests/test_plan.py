@@ -31,7 +31,7 @@ def folders(tmp_path_factory):
 @pytest.mark.parametrize("architecture", ["gpt2", "llama", "bert"])
 def test_structure_is_the_real_models(architecture, folders):
     cfg = TrainConfig(SAE, hookpoints=("*",))
-    made = plan(cfg, str(folders / architecture), str(folders / "tokens"))
+    made = plan(cfg, str(folders / architecture), str(folders / "tokens"), RunConfig(device="cpu"))
     model = make_model(architecture).base_model
     real = find_hookpoints(model, cfg)
     assert {c.name: (c.module, c.d_in, c.d_out) for c in made.coders} == {
