@@ -20,6 +20,12 @@ N, D, L, K = 9, 24, 70, 3
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 
+@pytest.fixture(autouse=True)
+def sparse_backward(monkeypatch):
+    """The one with the optimizer in it: so few latents would take dense products on a GPU, which no graph holds."""
+    monkeypatch.setenv("FASTSAE_BACKWARD", "sparse")
+
+
 class Training:
     """A coder whose matrices are trained step by step, on other tokens and at another rate each time."""
 

@@ -24,7 +24,7 @@ def saved(tmp_path_factory) -> str:
 
 def seen(model) -> dict[str, torch.Tensor]:
     outputs: dict[str, torch.Tensor] = {}
-    ids = token_rows(2, 8)[:]["input_ids"]
+    ids = token_rows(2, 8)[:]["input_ids"].to(entry_device(model))
     run_hooked(
         model, ids, dict.fromkeys(("h.0", "h.1", "h.1.mlp.act"), 0), lambda name, _, y: outputs.update({name: y})
     )
@@ -34,15 +34,19 @@ def seen(model) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("device_map", ["auto", IN_PARTS])
 def test_hooks_see_what_an_undivided_model_gives(saved, device_map):
     pytest.importorskip("accelerate")
-    spread, whole = load_model(saved, RunConfig(device_map=device_map)), load_model(saved, RunConfig())
+    device = None if device_map == "auto" else "cpu"
+    spread, whole = load_model(saved, RunConfig(device_map=device_map)), load_model(saved, RunConfig(device=device))
     on_disk = any(parameter.is_meta for parameter in spread.parameters())
     assert on_disk == (device_map == IN_PARTS)
     assert entry_device(spread) == whole.device
     theirs = seen(spread)
+    computed_alike = device is None or not torch.cuda.is_available()  # accelerate computes on a GPU where there is one
+    tolerance = {"rtol": 0, "atol": 0} if computed_alike else {"rtol": 1e-3, "atol": 1e-3}
     for name, output in seen(whole).items():
-        torch.testing.assert_close(theirs[name], output, rtol=0, atol=0, msg=name)
+        torch.testing.assert_close(theirs[name].to(output.device), output, **tolerance, msg=name)
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="accelerate computes on the GPU what lies on a CPU or a disk")
 def test_training_on_a_model_in_parts_gives_the_same_bytes(saved, tmp_path):
     pytest.importorskip("accelerate")
     weights = []
@@ -54,8 +58,7 @@ def test_training_on_a_model_in_parts_gives_the_same_bytes(saved, tmp_path):
             save_dir=str(tmp_path),
             run_name=name,
         )
-        run = RunConfig(device_map=device_map, device=None if device_map else "cpu")
-        Trainer(cfg, token_rows(24, 8), load_model(saved, run)).fit(progress=False)
+        Trainer(cfg, token_rows(24, 8), load_model(saved, RunConfig(device_map=device_map))).fit(progress=False)
         weights.append([load_file(tmp_path / name / at / "sae.safetensors") for at in ("h.1", "h.2")])
     for whole, parts in zip(*weights, strict=True):
         assert all(torch.equal(whole[key], parts[key]) for key in whole)

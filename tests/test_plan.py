@@ -155,3 +155,20 @@ def test_a_folder_without_a_config_is_refused(capsys, tmp_path):
 def test_plan_is_lazy_and_public():
     assert Plan.__module__ == "fastsae.planning.result"
     assert torch.cuda.is_available() or plan(TrainConfig(SAE), run=RunConfig(device="cuda", ctx_len=8)).device == "cuda"
+
+
+def test_recorded_steps_keep_their_memory(folders):
+    """One step's work, which all share, and a copy of each coder's tokens."""
+    run = RunConfig(device="cuda", ctx_len=8)
+    plain, graph = (
+        plan(
+            TrainConfig(SAE, hookpoints=("h.0", "h.1"), batch_size=4, cuda_graph=graph), str(folders / "gpt2"),
+            str(folders / "tokens"), run, PlanConfig(memory="1GiB"),
+        ).memory
+        for graph in (False, True)
+    )  # fmt: skip
+    tokens = 2 * 4 * 8 * 32 * 2  # coders, sequences, tokens, width, bytes
+    recorded = graph.buffers - plain.buffers
+    assert tokens < recorded < tokens + 2**18
+    assert plain.when == graph.when == "the model's forward"
+    assert graph.peak == plain.peak + recorded

@@ -5,9 +5,9 @@
     python benchmarks/peers/run.py --cases C1 --json out.json
 
 Every library trains on the same batches in turn (A B C D, B C D A, ...), so that drift of the machine hits all
-alike. Peak memory comes from a process of its own for each. Quality is FVU on held-out tokens, float64 sums, after
-the same tokens. Needs ``benchmarks/peers/requirements.txt``; a library that is missing is named, not skipped
-in silence.
+alike. Peak memory is a library's own: on a CPU that of a process for it alone, on a GPU what its tensors and one of
+its steps take of torch's allocator. Quality is FVU on held-out tokens, float64 sums, after the same tokens. Needs
+``benchmarks/peers/requirements.txt``; a library that is missing is named, not skipped in silence.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import platform
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -85,22 +86,22 @@ def compare(case: str, libraries: list[str], threads: int) -> dict[str, Any]:
     """Train all, interleaved; print and return what each took and reached."""
     s, hookpoint = setting_of(case)
     batches, held_out = batches_of(s, hookpoint)
-    contestants = {name: make(name, s) for name in libraries}
-    seconds: dict[str, list[float]] = {name: [] for name in libraries}
+    contestants, seconds = {}, {name: [] for name in libraries}
+    memory = {name: GpuMemory() for name in libraries} if s.device == "cuda" else {}
+    for name in libraries:
+        with memory.get(name, nullcontext()):
+            contestants[name] = make(name, s)
     for i, batch in enumerate(batches):
         turn = libraries[i % len(libraries) :] + libraries[: i % len(libraries)]
         for name in turn:
-            seconds[name].append(timed(contestants[name], batch, s.device))
+            with memory.get(name, nullcontext()):
+                seconds[name].append(timed(contestants[name], batch, s.device))
     results = {}
     for name, contestant in contestants.items():
-        memory = subprocess.run(
-            [sys.executable, __file__, "--memory-of", case, name, "--threads", str(threads)],
-            capture_output=True, text=True, check=True,
-        )  # fmt: skip
         results[name] = {
             "ms": [round(1e3 * t, 3) for t in seconds[name]],
             "median_ms": 1e3 * median(seconds[name][3:] or seconds[name]),  # the first ones warm up
-            "peak_mib": json.loads(memory.stdout.splitlines()[-1]),
+            "peak_mib": memory[name].peak / 2**20 if memory else peak_in_a_process(case, name, threads),
             "fvu": held_out_fvu(contestant, held_out),
         }
     report(case, s, hookpoint, results)
@@ -124,17 +125,30 @@ def held_out_fvu(contestant: Contestant, x: Tensor) -> float:
     return float(error / (exact - exact.mean(0)).square().sum())
 
 
+class GpuMemory:
+    """Sums up what a library keeps in its ``with`` blocks; ``peak``: and at most holds beyond that inside of one."""
+
+    def __init__(self) -> None:
+        self.kept = self.peak = 0
+
+    def __enter__(self) -> None:
+        torch.cuda.reset_peak_memory_stats()
+        self._before = torch.cuda.memory_allocated()
+
+    def __exit__(self, *_error: object) -> None:
+        self.peak = max(self.peak, self.kept + torch.cuda.max_memory_allocated() - self._before)
+        self.kept += torch.cuda.memory_allocated() - self._before
+
+
+def peak_in_a_process(case: str, library: str, threads: int) -> float:
+    command = [sys.executable, __file__, "--memory-of", case, library, "--threads", str(threads)]
+    return json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[-1])
+
+
 def peak_memory(case: str, library: str) -> float:
-    """MiB that four steps need beyond what was there before the library's coder was made."""
+    """MiB of this process that four steps need beyond what was there before the library's coder was made."""
     s, _ = setting_of(case)
     batches, _ = synthetic(s.N, s.D, 4, s.seed, s.device, s.dtype)
-    if s.device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        contestant = make(library, s)
-        for batch in batches:
-            contestant.step(batch)
-        return (torch.cuda.max_memory_allocated() - before) / 2**20
     make(library, s._replace(N=4, D=8, L=64, k=2)).step(batches[0][:4, :8].contiguous())  # imports and first-use costs
     Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark VmHWM, see proc(5)
     before = resident("VmRSS")

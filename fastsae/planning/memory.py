@@ -56,7 +56,7 @@ def memory(situation: Situation, available: int | None) -> Memory:
     s, held = situation, situation.layout.heaviest
     stays = sum((s.coder_bytes(name, latents) for name, latents in held.items()), Kept())
     buffers = max((s.work.scratch(s.specs[name], latents, _rows(s)) for name, latents in held.items()), default=0)
-    buffers += _token_buffers(s, held)
+    buffers += _token_buffers(s, held) + _recorded(s, held)
     moments = list(_moments(s, held, stays.weights))
     when, activations, step = max(moments, key=lambda moment: moment[1] + moment[2])
     base = s.structure.weight_bytes + stays.total + buffers
@@ -74,6 +74,14 @@ def _rows(s: Situation) -> int:
 def _token_buffers(s: Situation, held: Mapping[str, int]) -> int:
     """``--token-buffer``'s tokens, of every hookpoint whose coders are here."""
     return s.cfg.token_buffer * sum(_row_bytes(s, hookpoint) for hookpoint in {n.partition("/")[0] for n in held})
+
+
+def _recorded(s: Situation, held: Mapping[str, int]) -> int:
+    """``--cuda-graph``'s memory: what one coder's step takes, which all share, and every coder's inputs."""
+    if not s.cfg.cuda_graph:
+        return 0
+    steps = (s.work.step(s.specs[name], latents, _rows(s), 1, in_place=True) for name, latents in held.items())
+    return max(steps, default=0) + sum(_rows(s) * _row_bytes(s, name.partition("/")[0]) for name in held)
 
 
 def _row_bytes(s: Situation, hookpoint: str) -> int:
@@ -94,6 +102,7 @@ def _moments(s: Situation, held: Mapping[str, int], weights: int) -> Iterator[tu
         hookpoint, spec = name.partition("/")[0], s.specs[name]
         copies = _copies(s, hookpoint)
         step = s.work.step(spec, latents, _rows(s), s.cfg.micro_acc_steps, in_place=s.in_place)
+        step = 0 if s.cfg.cuda_graph else step  # replayed in memory of its own
         late = s.layout.mode == "distribute-modules"  # trained after the forward, when its activations are gone
         yield f"training {name}", 0 if late else forward.held(hookpoint, B), copies + step
         if rest:
