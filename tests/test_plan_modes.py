@@ -55,16 +55,24 @@ def test_the_recommended_mode_fits_and_sends_least(monkeypatch):
     assert found[""].fits is (found[""].peak <= split.peak)
     assert sum(mode.recommended for mode in found.values()) == 1
     assert next(mode for mode in found.values() if mode.recommended).fits
+    assert not any(mode.recommended or mode.fits for mode in by_options(one, 4, "1MiB").values())
     assert by_options(one, 1) == {}
 
 
 def test_the_table_says_it(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "100")
-    code, out, _ = run(capsys, "plan", "demo", "--layers", "1", "2", "--ranks", "2", "--device", "cpu")
+    code, out, _ = run(
+        capsys, "plan", "demo", "--layers", "1", "2", "--ranks", "2", "--device", "cpu", "--memory", "64GiB"
+    )
     assert code == 0
     assert "on 2 ranks" in out
     assert "replicas" in out
     assert "recommended" in out
+    assert "does not fit" not in out
+    code, out, _ = run(capsys, *two, "--memory", "1MiB")
+    assert code == 0
+    assert "recommended" not in out
+    assert "does not fit" in out
     code, _, err = run(capsys, "plan", "demo", "--ranks", "2", "--token-buffer", "100", "--device", "cpu")
     assert code == 2
     assert "token_buffer: expected one process" in one_line(err)

@@ -33,13 +33,17 @@ class Traffic:
 
 
 def modes(s: Situation, available: int | None) -> tuple[Mode, ...]:
-    """Those that can do the run on its number of ranks, the recommended one marked; none for one rank."""
+    """Those that can do the run on its number of ranks; of those not known to be too large one is recommended.
+
+    None for one rank.
+    """
     found = []
     for options, other in _candidates(s):
         needed = memory(other, available)
         ranks = other.layout.joined if other.cfg.distribute_latents > 1 else other.layout.ranks
         found.append((options, needed.peak, needed.fits, traffic(other).over_link(ranks), _load(other)))
-    best = min(found, key=lambda mode: (mode[2] is False, mode[4] > EVEN, mode[3]), default=None)
+    fitting = [mode for mode in found if mode[2] is not False]
+    best = min(fitting, key=lambda mode: (mode[4] > EVEN, mode[3]), default=None)
     return tuple(Mode(*mode, recommended=mode is best) for mode in found)
 
 
