@@ -61,9 +61,8 @@ def test_the_recommended_mode_fits_and_sends_least(monkeypatch):
 
 def test_the_table_says_it(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "100")
-    code, out, _ = run(
-        capsys, "plan", "demo", "--layers", "1", "2", "--ranks", "2", "--device", "cpu", "--memory", "64GiB"
-    )
+    two = ["plan", "demo", "--layers", "1", "2", "--ranks", "2", "--device", "cpu"]
+    code, out, _ = run(capsys, *two, "--memory", "64GiB")
     assert code == 0
     assert "on 2 ranks" in out
     assert "replicas" in out
