@@ -1,5 +1,5 @@
 # An index of one-liners. `make` lists them.
-.PHONY: help install test compile lint types bench gpu peers profile growth crossover soak demo-model stage ci
+.PHONY: help install test compile lint types bench gpu peers profile growth scaling crossover soak demo-model stage ci
 
 help:         ## this list
 	@grep -E '^[a-z-]+: .*##' Makefile | sed 's/: *##/\t/' | expand -t 14
@@ -36,6 +36,9 @@ profile:      ## where the time of `fastsae train` goes
 
 growth:       ## time and memory per doubling of tokens and of latents
 	python benchmarks/growth.py
+
+scaling:      ## training on one and two processes, by mode; SCALING="--json FILE", then --table FILE --write README.md
+	python benchmarks/scaling.py $(SCALING)
 
 soak:         ## runs on four processes, killed and resumed for half an hour: make soak [MINUTES=30]
 	python benchmarks/soak.py --minutes $(or $(MINUTES),30) --ranks 4

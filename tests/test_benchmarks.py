@@ -61,3 +61,23 @@ def test_the_table_is_made_of_the_record(tmp_path):
     assert "old" not in page.read_text()
     assert page.read_text().startswith("a\n")
     assert page.read_text().endswith("b\n")
+
+
+def test_scaling_measures_every_mode_and_makes_the_tables(tmp_path):
+    small = ["--ranks", "1", "2", "--rounds", "1", "--steps", "1", "--latents", "256", "--sequences", "4"]
+    run("scaling.py", *small, "--json", str(tmp_path / "scaling.json"))
+    record = json.loads((tmp_path / "scaling.json").read_text())
+    assert set(record["seconds"]) == {"replicas", "--distribute-modules", "--distribute-latents"}
+    assert all(set(times) == {"1", "2"} for times in record["seconds"].values())
+    assert all(sent["1"] == 0 < sent["2"] for sent in record["sent"].values())
+    assert record["sent"]["--distribute-modules"]["2"] == pytest.approx(
+        2 * 2 * 256 * 512 * 4, rel=0.01
+    )  # two of the four
+    page = tmp_path / "README.md"
+    page.write_text("a\n<!-- scaling -->\nold\n<!-- /scaling -->\n<!-- links -->\n<!-- /links -->\nb\n")
+    run("scaling.py", "--table", str(tmp_path / "scaling.json"), "--write", str(page))
+    text = page.read_text()
+    assert "old" not in text
+    assert "| --distribute-modules | 1.1 GB | 138 MB: 0.3 / 30 ms |" in text.replace("|  |", "|")  # 11 x 8192 x 768 x 2
+    seconds = record["seconds"]["replicas"]
+    assert f"| replicas | {1024 / seconds['1'][0]:,.0f} | {1024 / seconds['2'][0]:,.0f} |" in text

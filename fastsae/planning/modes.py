@@ -41,7 +41,7 @@ def modes(s: Situation, available: int | None) -> tuple[Mode, ...]:
     for options, other in _candidates(s):
         needed = memory(other, available)
         ranks = other.layout.joined if other.cfg.distribute_latents > 1 else other.layout.ranks
-        found.append((options, needed.peak, needed.fits, traffic(other).over_link(ranks), _load(other)))
+        found.append((options, needed.peak, needed.fits, traffic(other).over_link(ranks), load(other)))
     fitting = [mode for mode in found if mode[2] is not False]
     best = min(fitting, key=lambda mode: (mode[4] > EVEN, mode[3]), default=None)
     return tuple(Mode(*mode, recommended=mode is best) for mode in found)
@@ -60,7 +60,7 @@ def _candidates(s: Situation) -> Iterator[tuple[str, Situation]]:
             yield options, other
 
 
-def _load(s: Situation) -> float:
+def load(s: Situation) -> float:
     """Work of the rank with the most, in parameters times tokens, over the mean of all."""
     each = [
         sum(s.specs[name].parameters * latents // s.specs[name].num_latents for name, latents in held.items())
