@@ -78,7 +78,7 @@ def measured(record: dict[str, Any], name: str) -> Iterator[str]:
         yield f"| {mode} | {rates} | {step[ranks[0]] / step[ranks[-1]]:.2f} x | {sent:.0f} MiB |"
     yield ""
     yield (
-        f"Coders at the four `{s['hookpoints']}` of the embedded model (L={s['latents']}), {s['tokens']} tokens in a "
+        f"Coders at the six `{s['hookpoints']}` of the embedded model (L={s['latents']}), {s['tokens']} tokens in a "
         f"step of all ranks, Adam, gloo, one thread of an {e['cpu']} per rank, median of {steps} steps; sent: what a "
         f"rank gives to operations in a step. `benchmarks/results/{name}`, {e['date']}, commit {e['commit'][:7]}."
     )
