@@ -29,6 +29,20 @@ def parse_device_map(text: str | None) -> str | dict[str, int | str] | None:
     return places
 
 
+def is_spread(model: Any) -> bool:
+    """Whether ``model``'s parts are in more than one place."""
+    return len(set((getattr(model, "hf_device_map", None) or {}).values())) > 1
+
+
+def check_one_process(processes: int) -> None:
+    """Raise :class:`ConfigError` where each of several processes would spread a model over the same devices."""
+    if processes > 1:
+        raise ConfigError(
+            f"device_map: expected one process, which spreads its model over all devices, got {processes}; "
+            "leave --device-map or torchrun out, or give --tp-plan auto in its place"
+        )
+
+
 def entry_device(model: Any) -> torch.device:
     """Where ``model``'s token ids go, and its coders live: of a spread model, the first device that computes."""
     places = getattr(model, "hf_device_map", None)

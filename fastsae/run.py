@@ -23,6 +23,7 @@ from .model import load_language_model, load_model, load_tokenizer, resolve_devi
 from .ops import resolve
 from .options import build
 from .overrides import parse_override
+from .placement import check_one_process
 from .progress import RunSummary, summary_table
 from .report.run import report_run
 from .run_config import RunConfig
@@ -84,11 +85,8 @@ def make_trainer(
         dtype = None if run.dtype == "auto" else resolve_dtype(run.dtype, resolve_device(device))
         rows, source = training_data(cache, cfg, device=device, dtype=dtype)
         return Trainer(cfg, rows, source, origin=origin, world=world)
-    if run.device_map is not None and world.size > 1:
-        raise ConfigError(
-            f"device_map: expected one process, which spreads its model over all devices, got {world.size}; "
-            "leave --device-map or torchrun out"
-        )
+    if run.device_map is not None:
+        check_one_process(world.size)
     with world.one_first() if run.tp_plan is None else nullcontext():  # in parts, only all together load it
         load = load_model if cfg.loss_fn == "fvu" else load_language_model
         model = load(model_name, dataclasses.replace(run, device=device))

@@ -29,6 +29,7 @@ from .errors import ArtifactError, ConfigError
 from .metrics import TrainingMetrics, held_out_metrics
 from .micro_batches import MicroBatches
 from .optim import active_latents, apply_gradients, learning_rates, make_optimizer, make_schedule
+from .placement import check_one_process, is_spread
 from .pretrained import load_pretrained, warn_of_other_size
 from .row_optimizer import RowOptimizer
 from .rows import Batches, split_held_out
@@ -46,6 +47,8 @@ class StepTrainer:
     ):  # fmt: skip
         self.cfg, self.model, self.origin = cfg, model, origin or {}
         self.world = current() if world is None else world
+        if is_spread(model):
+            check_one_process(self.world.size)
         rows, self.held_out_rows = split_held_out(dataset, cfg.held_out)
         self._held_out_start = self.held_out_rows.state_dict()
         self.source = model if isinstance(model, ActivationSource) else _model_pass(model, cfg)

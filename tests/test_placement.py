@@ -6,6 +6,8 @@ import json
 import pytest
 import torch
 from models import make_model, save_model, token_rows
+from placement_worker import main as refused
+from ranks import launch_ranks
 from safetensors.torch import load_file
 
 from fastsae import RunConfig, SaeConfig, TrainConfig, Trainer, load_model
@@ -75,6 +77,32 @@ def test_a_map_and_a_device_contradict_each_other(capsys):
         main(["train", "--device-map", "auto", "--device", "cpu"])
     assert ended.value.code == 2
     assert "error: device_map: expected no --device with it" in " ".join(capsys.readouterr().err.split())
+
+
+def test_several_processes_are_refused_by_each_of_them(saved, tmp_path):
+    """The command before anything is loaded, a Trainer where it gets such a model."""
+    pytest.importorskip("accelerate")
+    launch_ranks(2, refused, tmp_path, saved, IN_PARTS)
+    refusal = (
+        "device_map: expected one process, which spreads its model over all devices, got 2; leave --device-map or "
+        "torchrun out, or give --tp-plan auto in its place"
+    )
+    assert [(tmp_path / f"said-{rank}").read_text().splitlines() for rank in range(2)] == [[refusal] * 2] * 2
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ([], "device_map: expected a run whose model is on one device, got one that spreads it over several, which is "
+             "not planned yet; leave --device-map out to plan for a single device"),
+        (["--ranks", "2"], "device_map: expected one process, which spreads its model over all devices, got 2"),
+    ],
+)  # fmt: skip
+def test_a_plan_says_that_it_knows_no_maps(capsys, options, said):
+    with pytest.raises(SystemExit) as ended:
+        main(["plan", "demo", "--device-map", "auto", *options])
+    assert ended.value.code == 2
+    assert f"error: {said}" in " ".join(capsys.readouterr().err.split())
 
 
 def test_a_map_without_all_modules_says_so(saved):

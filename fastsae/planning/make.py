@@ -15,6 +15,7 @@ from ..data import foresee_rows
 from ..errors import ArtifactError, ConfigError
 from ..model import load_config, resolve_device, resolve_dtype
 from ..ops import resolve
+from ..placement import check_one_process
 from ..rows import held_out_sequences
 from ..run_config import RunConfig
 from ..sources import DEFAULT_DATASET
@@ -57,6 +58,13 @@ def plan(
             "tp_plan: expected a run whose processes each hold the model, got one whose processes hold it together, "
             "which is not planned yet; leave --tp-plan out to plan for a single process with all coders and all of the "
             "model, which is more than each of them will hold"
+        )
+    if run.device_map is not None:
+        check_one_process(planned.ranks)
+        raise ConfigError(
+            "device_map: expected a run whose model is on one device, got one that spreads it over several, which is "
+            "not planned yet; leave --device-map out to plan for a single device with all of the model and the coders, "
+            "which is more than each of them will hold"
         )
     dataset = dataset or (demo.DATASET if model == demo.NAME else DEFAULT_DATASET)
     device = planned_device(run.device)
