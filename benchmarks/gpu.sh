@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Everything a GPU is needed for, in one go:  benchmarks/gpu.sh OUT_DIR [options of fastsae bench]
 #
-# Runs the tests compiled (no interpreter), then the benchmark, growth, crossover and the step beside its peers, and
-# leaves logs and results in OUT_DIR.
+# Runs the tests compiled (no interpreter), then the benchmark, growth, crossover, the step beside its peers and whole runs
+# beside sparsify's, and leaves logs and results in OUT_DIR.
 # No speed is measured if a test fails. PYTHON chooses the interpreter; TESTS, what pytest is given instead of all
 # tests (environment.txt notes it). Exit code 0: all passed; 1: something failed; 2: it could not begin.
 set -uo pipefail
@@ -16,7 +16,7 @@ cd "$(dirname "$0")/.." || exit 2
 python=${PYTHON:-python}
 tests=${TESTS:-tests}
 unset TRITON_INTERPRET
-rm -f "$out"/{tests.xml,tests.log,bench.json,bench.log,growth.json,peers.json} # of an earlier run
+rm -f "$out"/{tests.xml,tests.log,bench.json,bench.log,growth.json,peers.json,end_to_end.json} # of an earlier run
 export PYTHONUNBUFFERED=1 PYTHONPATH="$PWD:$PWD/kernels${PYTHONPATH:+:$PYTHONPATH}" COLUMNS=${COLUMNS:-80}
 
 "$python" -c 'import torch; raise SystemExit(not torch.cuda.is_available())' || {
@@ -54,5 +54,12 @@ done
 # shellcheck disable=SC2086  # several words
 "$python" benchmarks/peers/run.py --device cuda --only $have --json "$out/peers.json" 2>&1 | tee "$out/peers.log" || {
     echo "benchmarks/gpu.sh: the comparison with peers failed, see $out/peers.log" >&2
+    exit 1
+}
+whole=fastsae
+case "$have" in *sparsify*) whole="fastsae sparsify" ;; esac
+# shellcheck disable=SC2086  # several words
+"$python" benchmarks/peers/end_to_end.py --only $whole --json "$out/end_to_end.json" 2>&1 | tee "$out/end_to_end.log" || {
+    echo "benchmarks/gpu.sh: whole runs failed, see $out/end_to_end.log" >&2
     exit 1
 }

@@ -80,3 +80,13 @@ def test_scaling_measures_every_mode_and_makes_the_tables(tmp_path):
     assert "| --distribute-modules | 1.1 GB | 138 MB: 0.3 / 30 ms |" in text.replace("|  |", "|")  # 11 x 8192 x 768 x 2
     seconds = record["seconds"]["replicas"]
     assert f"| replicas | {1024 / seconds['1'][0]:,.0f} | {1024 / seconds['2'][0]:,.0f} |" in text
+
+
+def test_whole_runs_are_timed_from_batch_to_batch(tmp_path):
+    small = ["--size", "tiny", "--only", "fastsae", "--rounds", "1", "--warm", "1", "--steps", "2"]
+    out = run("peers/end_to_end.py", *small, "--json", str(tmp_path / "out.json"))
+    record = json.loads((tmp_path / "out.json").read_text())
+    (found,) = record["rounds"]["fastsae"]
+    assert 0 < found["fvu"] < 1.2
+    assert re.search(rf"^fastsae +{found['tokens_per_second']:,.0f} ", out, re.M)
+    assert record["setting"]["latents"] == 512
