@@ -15,7 +15,8 @@ from .version import __version__
 if TYPE_CHECKING:
     from .activation_cache.read import CachedActivations
     from .activation_cache.training import training_data
-    from .config import SaeConfig, TrainConfig, TranscoderConfig
+    from .coder_config import SaeConfig, TranscoderConfig
+    from .config import TrainConfig
     from .data import load_tokens
     from .distributed.world import joined
     from .encode import strongest_latents
@@ -45,10 +46,10 @@ _HOME = {
     "PlanConfig": "planning.config",
     "RunConfig": "run_config",
     "RunSummary": "progress",
-    "SaeConfig": "config",
+    "SaeConfig": "coder_config",
     "TrainConfig": "config",
     "Trainer": "trainer",
-    "TranscoderConfig": "config",
+    "TranscoderConfig": "coder_config",
     "evaluate": "eval.evaluate",
     "joined": "distributed.world",
     "load_language_model": "model",

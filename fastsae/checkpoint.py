@@ -22,7 +22,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from .config import SaeConfig
+from .coder_config import SaeConfig
 from .errors import ArtifactError, CheckpointError, ConfigError
 from .integrity import check_finite, check_name, sha256, write_beside
 from .integrity import write_json as write_json

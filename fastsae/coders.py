@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from .config import SaeConfig, TrainConfig
+from .coder_config import SaeConfig
+from .config import TrainConfig
 from .errors import ConfigError, HookpointError
 from .hooks import Hookpoint, layer_hookpoints, resolve_hookpoints
 from .overrides import coder_name, parse_override, resolve_variants

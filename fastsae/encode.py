@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from .config import EncodeConfig
+from .encode_config import EncodeConfig
 from .errors import ArtifactError
 from .hooks import run_hooked
 from .model import load_model, load_tokenizer, resolve_device

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from .activations import ModelPass
-from .config import TrainConfig, check_end_to_end
+from .config import TrainConfig
+from .config_checks import check_end_to_end
 from .distributed.strategy import Strategy
 from .errors import ConfigError, NonFiniteError
 from .joint import StepLosses, fired_latents, latent_mask

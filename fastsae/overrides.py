@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any, get_type_hints
 
-from .config import SaeConfig
+from .coder_config import SaeConfig
 from .errors import ConfigError, HookpointError
 from .fields import check_type
 from .options import close_names, convert

@@ -8,7 +8,8 @@ from typing import Any
 
 from .activation_cache.options import options_of_cache
 from .activation_cache.read import CachedActivations
-from .config import SaeConfig, TrainConfig
+from .coder_config import SaeConfig
+from .config import TrainConfig
 from .distributed.world import joined, local_device
 from .errors import ArtifactError
 from .options import build

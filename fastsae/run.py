@@ -15,7 +15,8 @@ from . import demo
 from .activation_cache.options import options_of_cache
 from .activation_cache.read import CachedActivations
 from .activation_cache.training import training_data
-from .config import SaeConfig, TrainConfig
+from .coder_config import SaeConfig
+from .config import TrainConfig
 from .data import load_tokens
 from .distributed.world import World, joined, local_device
 from .errors import ConfigError

@@ -13,7 +13,7 @@ from natsort import natsorted
 from torch import Tensor, nn
 
 from . import checkpoint, loss, ops
-from .config import SaeConfig
+from .coder_config import SaeConfig
 from .errors import CheckpointError, ConfigError
 from .ops import EncoderOutput, Peers
 

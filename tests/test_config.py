@@ -4,7 +4,8 @@ import dataclasses
 
 import pytest
 
-from fastsae.config import SaeConfig, TrainConfig, TranscoderConfig
+from fastsae.coder_config import SaeConfig, TranscoderConfig
+from fastsae.config import TrainConfig
 from fastsae.errors import ConfigError
 from fastsae.fields import field_docs
 from fastsae.run_config import RunConfig

@@ -9,7 +9,8 @@ pytest.importorskip("hypothesis", reason="needs hypothesis")
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastsae.config import SaeConfig, TrainConfig
+from fastsae.coder_config import SaeConfig
+from fastsae.config import TrainConfig
 from fastsae.errors import ConfigError, FastsaeError
 from fastsae.options import build
 from fastsae.run_config import RunConfig

@@ -24,6 +24,8 @@ FLOORS = {
     "fastsae": [
         "errors interrupt version demo token_text",
         "fields finetune hub integrity memmap origin placement rows tensor_parallel token_shuffle",
+        "coder_config encode_config",
+        "config_checks",
         "config run_config stream training_state",
         "tokens options run_lock",
         "ops loss checkpoint overrides resume run_file run_folder tracking progress sources batches model_loss",

@@ -4,7 +4,8 @@ from itertools import pairwise
 
 import pytest
 
-from fastsae.config import SaeConfig, TrainConfig
+from fastsae.coder_config import SaeConfig
+from fastsae.config import TrainConfig
 from fastsae.errors import ConfigError
 from fastsae.options import build, normalise
 from fastsae.run_config import RunConfig

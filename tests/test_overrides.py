@@ -2,7 +2,7 @@
 
 import pytest
 
-from fastsae.config import SaeConfig
+from fastsae.coder_config import SaeConfig
 from fastsae.errors import ConfigError, HookpointError
 from fastsae.overrides import Override, coder_name, parse_override, resolve_variants
 

@@ -5,7 +5,8 @@ import json
 import pytest
 
 from fastsae.cli import CONFIGS, main
-from fastsae.config import SaeConfig, TrainConfig
+from fastsae.coder_config import SaeConfig
+from fastsae.config import TrainConfig
 from fastsae.errors import ConfigError
 from fastsae.options import build
 from fastsae.run_config import RunConfig

@@ -29,7 +29,8 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
 from fastsae import FastSae, RunConfig, load_language_model, load_model, plan
 from fastsae.cli import main as command
-from fastsae.config import SaeConfig, TrainConfig
+from fastsae.coder_config import SaeConfig
+from fastsae.config import TrainConfig
 from fastsae.errors import ConfigError
 from fastsae.run import train_run
 

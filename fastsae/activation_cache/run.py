@@ -16,8 +16,9 @@ from rich.prompt import Confirm
 from rich.table import Table
 
 from .. import demo
+from ..coder_config import SaeConfig
 from ..coders import find_hookpoints
-from ..config import SaeConfig, TrainConfig
+from ..config import TrainConfig
 from ..data import load_tokens
 from ..errors import ArtifactError, ConfigError, HookpointError
 from ..model import load_model, load_tokenizer

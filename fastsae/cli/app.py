@@ -12,7 +12,9 @@ from rich.logging import RichHandler
 
 from ..activation_cache.config import CacheConfig
 from ..bench.shapes import BenchConfig
-from ..config import EncodeConfig, SaeConfig, TrainConfig
+from ..coder_config import SaeConfig
+from ..config import TrainConfig
+from ..encode_config import EncodeConfig
 from ..eval.config import EvalConfig
 from ..planning.config import PlanConfig
 from ..report.config import ReportConfig

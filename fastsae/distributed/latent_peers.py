@@ -7,7 +7,7 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor
 
-from ..config import SaeConfig
+from ..coder_config import SaeConfig
 from ..errors import ConfigError
 from .world import World, peers_needed
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import checkpoint, loss, ops
-from ..config import SaeConfig
+from ..coder_config import SaeConfig
 from ..errors import ConfigError
 from ..sae import FastSae, ForwardOutput
 from .latent_peers import LatentPeers

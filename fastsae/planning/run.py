@@ -8,7 +8,8 @@ from typing import Any
 from rich.console import Console
 
 from .. import demo
-from ..config import SaeConfig, TrainConfig
+from ..coder_config import SaeConfig
+from ..config import TrainConfig
 from ..model import load_tokenizer
 from ..options import build
 from ..run_config import RunConfig

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ... import checkpoint
-from ...config import SaeConfig
+from ...coder_config import SaeConfig
 from ...errors import CheckpointError
 from ...sae import FastSae
 from .. import fitting
