@@ -10,6 +10,7 @@ from test_peer_formats import PEERS, close, randomise
 from fastsae import FastSae, SaeConfig
 from fastsae.compat import convert
 from fastsae.compat.dense import dense_latents
+from fastsae.compat.info import info_table
 from fastsae.errors import CheckpointError
 from fastsae.saved import load_coders
 
@@ -99,3 +100,9 @@ def test_through_saelens_and_back_it_is_the_same_coder(tmp_path):
     convert.convert(tmp_path / "h.3.mlp", tmp_path / "out", "saelens")
     (back,) = load_coders(str(tmp_path / "out")).values()
     assert_same(back, dense_latents(sae, X), sae(X).sae_out)
+
+
+def test_info_calls_it_by_its_name(tmp_path):
+    trained().save_to_disk(tmp_path / "h.3.mlp")
+    (described,) = info_table(tmp_path).columns[2].cells
+    assert described == f"batchtopk k={K}"

@@ -27,8 +27,9 @@ def info_table(source: Path | str) -> Table:
 
 
 def describe(coder: Coder) -> str:
-    """``topk k=32 transcoder, skip``."""
-    words = [coder.activation, *([] if coder.k is None else [f"k={coder.k}"])]
+    """``topk k=32 transcoder, skip``; one threshold of all latents beside a k is what BatchTopK learns."""
+    shared = coder.k is not None and coder.threshold is not None and bool((coder.threshold == coder.threshold[0]).all())
+    words = ["batchtopk" if shared else coder.activation, *([] if coder.k is None else [f"k={coder.k}"])]
     words += ["transcoder"] if coder.transcode else []
     extras = ["skip"] * (coder.W_skip is not None) + ["layer norm"] * coder.layer_norm
     return ", ".join([" ".join(words), *extras])
