@@ -15,19 +15,30 @@ from models import make_model, token_rows
 
 from fastsae import SaeConfig, TrainConfig, Trainer, joined
 
-CASES: dict[str, dict[str, Any]] = {
+OF_TWO: dict[str, dict[str, Any]] = {
     "kill": {"rank": 1, "says": r"Signal 9 \(SIGKILL\)"},
     "disk": {"rank": 0, "says": "output: could not write"},
     "forward": {"rank": 0, "says": "RuntimeError: the model fails here"},
     "forward, modules": {"rank": 1, "distribute_modules": True, "says": "RuntimeError: the model fails here"},
     "forward, latents": {"rank": 0, "distribute_latents": 2, "says": "RuntimeError: the model fails here"},
 }
-"""Which rank falls, how (the first word), in which mode, and what is to be read afterwards."""
+"""Which of two ranks falls, how (the first word), in which mode, and what is to be read afterwards."""
+
+OF_THREE: dict[str, dict[str, Any]] = {
+    "kill": {"rank": 2, "says": r"Signal 9 \(SIGKILL\)"},
+    "forward": {"rank": 1, "says": "RuntimeError: the model fails here"},
+    "forward, modules": {"rank": 2, "distribute_modules": True, "says": "RuntimeError: the model fails here"},
+    "forward, latents": {"rank": 1, "distribute_latents": 3, "says": "RuntimeError: the model fails here"},
+}
+"""The same of three ranks."""
+
+CASES = {2: OF_TWO, 3: OF_THREE}
 
 
-def main(folder: Path, name: str) -> None:
+def main(folder: Path, ranks: int, name: str) -> None:
     torch.set_num_threads(1)
-    case, how = CASES[name], name.partition(",")[0]
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # by which torchrun's agent ends them: here they end by themselves
+    case, how = CASES[ranks][name], name.partition(",")[0]
     mode = {key: value for key, value in case.items() if key.startswith("distribute")}
     with joined("cpu") as world:
         cfg = TrainConfig(
@@ -41,7 +52,7 @@ def main(folder: Path, name: str) -> None:
             raise RuntimeError("the model fails here")
 
         def fall() -> None:
-            (folder / "fell.json").write_text(json.dumps({"time": time.time(), "rank": world.rank}))
+            say_when(folder, world.rank)
             if how == "kill":
                 os.kill(os.getpid(), signal.SIGKILL)
             elif how == "disk":
@@ -58,5 +69,30 @@ def main(folder: Path, name: str) -> None:
         try:
             trainer.fit(progress=False)
         except Exception as error:
-            (folder / f"error-{world.rank}").write_text(f"{type(error).__name__}: {error}")
+            write(folder, world.rank, error)
             raise
+
+
+def prepare(folder: Path, which: int) -> None:
+    """Rank ``which`` fails at what the first rank does before the others, which wait for it as long as it takes."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    with joined("cpu") as world:
+        try:
+            with world.one_first():
+                if world.rank == which:
+                    time.sleep(0.5)  # the others are waiting, for the first rank or at what comes next
+                    say_when(folder, world.rank)
+                    raise OSError("no space left for the tokens")
+            world.wait()
+        except Exception as error:
+            write(folder, world.rank, error)
+            raise
+
+
+def say_when(folder: Path, rank: int) -> None:
+    (folder / "fell.json").write_text(json.dumps({"time": time.time(), "rank": rank}))
+
+
+def write(folder: Path, rank: int, error: Exception) -> None:
+    said = {"error": f"{type(error).__name__}: {error}", "time": time.time()}
+    (folder / f"error-{rank}").write_text(json.dumps(said))
