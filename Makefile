@@ -37,7 +37,7 @@ profile:      ## where the time of `fastsae train` goes
 growth:       ## time and memory per doubling of tokens and of latents
 	python benchmarks/growth.py
 
-scaling:      ## training on one and two processes, by mode; SCALING="--json FILE", then --table FILE --write README.md
+scaling:      ## training on one and two processes, by mode; SCALING="--json FILE --write README.md" makes README's tables
 	python benchmarks/scaling.py $(SCALING)
 
 soak:         ## runs on four processes, killed and resumed for half an hour: make soak [MINUTES=30]

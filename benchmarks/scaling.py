@@ -1,7 +1,8 @@
 """How a run scales over processes, measured on CPU ranks; and what it sends over links, modelled for GPUs.
 
-    python benchmarks/scaling.py --json FILE            # 1 and 2 ranks, gloo, one thread each
-    python benchmarks/scaling.py --table FILE --write README.md
+    python benchmarks/scaling.py --json FILE                      # 1 and 2 ranks, gloo, one thread each
+    python benchmarks/scaling.py --json FILE --write README.md    # and README's tables of it
+    python benchmarks/scaling.py --table FILE --write README.md   # the tables of an older record
 
 Measured: coders at every MLP of the embedded model, the same batches in all (a rank has its part), Adam, steps of the
 ordinary Trainer timed from barrier to barrier after a warm-up, the three modes in turn in every round, and so are the
@@ -48,12 +49,16 @@ def main() -> None:
     args = parser.parse_args()
     if args.worker:
         work(args)
-    elif args.table:
+        return
+    if args.write and not (args.json or args.table):
+        parser.error("--write: expected --json FILE or --table FILE with it, whose numbers README names, got neither")
+    if not args.table:
+        measure(args)
+    if args.table or args.write:
         from scaling_tables import tables
 
-        tables(json.loads(args.table.read_text()), args.table.name, args.write)
-    else:
-        measure(args)
+        record = args.table or args.json
+        tables(json.loads(record.read_text()), record.name, args.write)
 
 
 def measure(args: argparse.Namespace) -> None:

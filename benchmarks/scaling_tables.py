@@ -97,22 +97,25 @@ def modelled() -> Iterator[str]:
     inside, between = LINKS[8][1], LINKS[16][1]
     yield ""
     yield (
-        "A model, not a measurement. Keeps: a GPU's coders and their optimizer, on 8 of them. Then bytes that leave "
+        "A model, not a measurement. Keeps: a GPU's coders and their optimizer, on 8 of them (an H200 has 141 GB: S2's "
+        "replicas fit on none). Then bytes that leave "
         "a GPU in an optimizer step by `fastsae plan`'s formulas, with 8192 (S3: 16384) tokens on each, bfloat16 "
         "activations, float32 gradients (`--grad-reduce-dtype bfloat16` halves what replicas send), sums in rings, "
         f"every latent active somewhere; their time at {inside} GB/s in a node and {between} between nodes, were "
         "nothing of it hidden behind work; and after the stroke the work of the rank that has the most: its coders' "
-        "steps as one H200 took for them (above), in proportion to tokens. Latents are split inside of a node."
+        "steps as one H200 took for them (above), in proportion to tokens. Latents are split inside of a node, and "
+        "nodes are replicas: their gradients alone go at the slower rate, of the other ways all bytes do, as if no "
+        "GPU's partners were in its own node. Replicas and split latents send in proportion to the number of coders; "
+        "a single coder has one owner, whom `--distribute-modules` leaves with all of the work."
     )
 
 
 def cell(shape: Shape, ranks: int, rate: float, options: dict[str, Any]) -> str:
-    if options.get("distribute_latents", ranks) != ranks:
-        return ""  # split over nodes
-    s = situation(shape, ranks, options)
-    sent = traffic(s).over_link(ranks)
+    s, group = situation(shape, ranks, options), options.get("distribute_latents", ranks)
+    found, inside = traffic(s), LINKS[8][1] if group < ranks else rate
+    within, across = found.within(group), found.across(ranks // group)
     work = shape.coders * shape.milliseconds * load(s)
-    return f"{size(sent)}: {number(sent / rate / 1e6)} / {number(work)} ms"
+    return f"{size(within + across)}: {number(within / inside / 1e6 + across / rate / 1e6)} / {number(work)} ms"
 
 
 def coders_bytes(s: Situation) -> int:

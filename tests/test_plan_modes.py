@@ -25,13 +25,14 @@ def test_bytes_are_those_that_ranks_send(tmp_path, monkeypatch):
         for mode in MODES:
             plan(config(case, mode), str(tmp_path / "gpt2"), str(tmp_path / "tokens"), RUN, PlanConfig(ranks=2))
             found = kept.pop()
-            planned = found.summed + found.gathered + found.sent
+            planned = found.summed + found.gathered + found.sent + found.between
             measured = max(rank[f"{case} {mode}"] for rank in ranks)
             assert planned == pytest.approx(measured, rel=0.02), f"{case} {mode}"
 
 
 def test_what_a_ring_sends():
     assert modes.Traffic(800, 10, 7).over_link(4) == 800 * 2 * 3 // 4 + 10 * 3 + 7
+    assert modes.Traffic(800, 10, 7, 90).over_link(4, 3) == 800 * 2 * 3 // 4 + 10 * 3 + 7 + 90 * 2 * 2 // 3
 
 
 def by_options(cfg: TrainConfig, ranks: int, memory: str | None = None):

@@ -26,10 +26,20 @@ class Traffic:
     summed: int
     gathered: int
     sent: int
+    between: int = 0
+    """Summed over groups of ranks that hold a coder's latents together."""
 
-    def over_link(self, ranks: int) -> int:
-        """What leaves the rank, where sums and gatherings are over so many."""
+    def over_link(self, ranks: int, groups: int = 1) -> int:
+        """What leaves the rank, where sums and gatherings are over so many; of them there are so many groups."""
+        return self.within(ranks) + self.across(groups)
+
+    def within(self, ranks: int) -> int:
+        """What leaves it for others of its group."""
         return round(self.summed * 2 * (ranks - 1) / ranks + self.gathered * (ranks - 1) + self.sent)
+
+    def across(self, groups: int) -> int:
+        """What leaves it for other groups."""
+        return round(self.between * 2 * (groups - 1) / groups)
 
 
 def modes(s: Situation, available: int | None) -> tuple[Mode, ...]:
@@ -41,7 +51,8 @@ def modes(s: Situation, available: int | None) -> tuple[Mode, ...]:
     for options, other in _candidates(s):
         needed = memory(other, available)
         ranks = other.layout.joined if other.cfg.distribute_latents > 1 else other.layout.ranks
-        found.append((options, needed.peak, needed.fits, traffic(other).over_link(ranks), load(other)))
+        link = traffic(other).over_link(ranks, other.layout.ranks // ranks)
+        found.append((options, needed.peak, needed.fits, link, load(other)))
     fitting = [mode for mode in found if mode[2] is not False]
     best = min(fitting, key=lambda mode: (mode[4] > EVEN, mode[3]), default=None)
     return tuple(Mode(*mode, recommended=mode is best) for mode in found)
@@ -86,7 +97,7 @@ def traffic(s: Situation) -> Traffic:
         slots = spec.sae.k * (4 if spec.sae.multi_topk else 1)
         gathered += steps * 8 * tokens * s.layout.joined * (slots if spec.sae.activation == "topk" else 0)
     between = _gradients(s) + steps * _variances(s) if groups > 1 else 0
-    return Traffic(steps * summed + between, gathered, steps * sent)
+    return Traffic(steps * summed, gathered, steps * sent, between)
 
 
 def _row_bytes(s: Situation, hookpoint: str) -> int:
