@@ -68,8 +68,9 @@ class MicroBatches:
             try:
                 if batch is None and coder.cfg.activation == "batchtopk" and end - begin < len(y):
                     batch = select(coder, x, optimizer, k, self.parts)
+                rows = x[begin:end]
                 losses = joint_step(
-                    coder, x[begin:end], y[begin:end], variance, cfg, dead=metrics.dead_ids(),
+                    coder, rows, rows if y is x else y[begin:end], variance, cfg, dead=metrics.dead_ids(),
                     num_dead=metrics.num_dead(), share=share, optimizer=optimizer, inside=inside, k=k,
                     selected=None if batch is None else selection_of(batch, begin, end), graphed=graphed,
                 )  # fmt: skip
@@ -83,9 +84,9 @@ class MicroBatches:
                     ) from error
                 losses = None  # what the error holds on to is freed at the end of this block
             if losses is None:
+                inside, graphed = False, None
                 self._halve(metrics.name, end - begin, len(y))
                 todo.extendleft(reversed(_parts(begin, end, 2)))
-                inside, graphed = False, None
             else:
                 metrics.add(losses, (end - begin) / count)
                 least += [] if losses.least is None else [losses.least]
@@ -99,6 +100,7 @@ class MicroBatches:
 
     def _halve(self, name: str, tokens: int, all_tokens: int) -> None:
         """Of a batch of ``all_tokens``, a part of ``tokens`` did not fit: make parts of half that size."""
+        self._graphed = None  # their memory is needed, and parts are not recorded
         if tokens == 1:
             raise OutOfMemoryError(
                 f"{name}: out of memory with one token at a time; lower --expansion-factor or --num-latents, "

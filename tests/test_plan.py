@@ -158,7 +158,7 @@ def test_plan_is_lazy_and_public():
 
 
 def test_recorded_steps_keep_their_memory(folders):
-    """One step's work, which all share, and a copy of each coder's tokens."""
+    """Each coder's step, and a copy of its tokens."""
     run = RunConfig(device="cuda", ctx_len=8)
     plain, graph = (
         plan(

@@ -28,7 +28,7 @@ CASES = {
     "matryoshka": {"sae": replace(SAE, matryoshka_widths=(512, 1024))},
     "batchtopk": {"sae": replace(SAE, activation="batchtopk")},
     "groupmax": {"sae": replace(SAE, activation="groupmax")},
-    "excluded and shuffled": {"exclude_tokens": (7,), "token_buffer": 2000},
+    "excluded and shuffled": {"exclude_tokens": (7,), "token_buffer": 1000},  # filled by two batches of the five
     "few latents, many tokens": {"sae": SaeConfig(num_latents=256, k=16), "batch_size": 36},
 }
 

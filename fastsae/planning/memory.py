@@ -77,11 +77,11 @@ def _token_buffers(s: Situation, held: Mapping[str, int]) -> int:
 
 
 def _recorded(s: Situation, held: Mapping[str, int]) -> int:
-    """``--cuda-graph``'s memory: what one coder's step takes, which all share, and every coder's inputs."""
+    """``--cuda-graph``'s memory: what every coder's step takes, and its inputs."""
     if not s.cfg.cuda_graph:
         return 0
     steps = (s.work.step(s.specs[name], latents, _rows(s), 1, in_place=True) for name, latents in held.items())
-    return max(steps, default=0) + sum(_rows(s) * _row_bytes(s, name.partition("/")[0]) for name in held)
+    return sum(steps) + sum(_rows(s) * _row_bytes(s, name.partition("/")[0]) for name in held)
 
 
 def _row_bytes(s: Situation, hookpoint: str) -> int:

@@ -4,7 +4,7 @@ Shapes: N tokens, D width in, E width out.
 
 On a fast GPU a small coder's kernels take less time than Python needs to launch them. A graph is recorded once
 and replayed on whatever lies in its inputs' memory; it computes what :func:`.step.coder_step` does, bit for bit. It
-holds on to what a step allocates, in memory that all graphs of a process share.
+holds on to what a step allocates, each graph to its own: a shared pool dies with its last graph.
 """
 
 from __future__ import annotations
@@ -25,8 +25,6 @@ logger = logging.getLogger("fastsae")
 
 EAGER_STEPS = 2
 """Steps alike that come before a recording: they compile, and reserve what libraries need for themselves."""
-
-_pools: dict[torch.device, Any] = {}
 
 
 class GraphedStep:
@@ -80,8 +78,12 @@ class _Recorded:
         self._scalars = x.new_empty(6, dtype=torch.float32)
         mine, own_loss = replace(sink, scalars=self._scalars), loss._replace(variance=self._variance)
         self._graph = torch.cuda.CUDAGraph()
-        pool = _pools.setdefault(x.device, torch.cuda.graph_pool_handle())
-        with torch.cuda.device(x.device), torch.cuda.graph(self._graph, pool, capture_error_mode="thread_local"):
+        stream = torch.cuda.Stream(x.device)  # torch's own lies on whichever device recorded first
+        with (
+            torch.cuda.device(x.device),
+            torch.cuda.stream(stream),  # left again also where the recording cannot begin
+            torch.cuda.graph(self._graph, stream=stream, capture_error_mode="thread_local"),
+        ):
             self._out = coder_step(self._x, self._target, coder, own_loss, mine, k=k, **options)
 
     def replay(self, x: Tensor, target: Tensor, variance: Tensor, sink: RowStep) -> StepOutput:
