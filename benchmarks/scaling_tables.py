@@ -6,13 +6,13 @@ Numbers); nothing here was measured on several.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
 
 import torch
+from table import write_between
 
 from fastsae import SaeConfig, TrainConfig
 from fastsae.coders import coder_specs
@@ -57,11 +57,8 @@ def tables(record: dict[str, Any], name: str, page: Path | None) -> None:
         text = "\n".join(lines)
         if page is None:
             print(text, end="\n\n")
-            continue
-        pattern, old = rf"(<!-- {mark} -->\n).*?(<!-- /{mark} -->)", page.read_text()
-        if not re.search(pattern, old, re.S):
-            raise SystemExit(f"expected <!-- {mark} --> and <!-- /{mark} --> in {page}, found none")
-        page.write_text(re.sub(pattern, lambda match, text=text: match[1] + text + "\n" + match[2], old, flags=re.S))
+        else:
+            write_between(page, mark, text)
 
 
 def measured(record: dict[str, Any], name: str) -> Iterator[str]:

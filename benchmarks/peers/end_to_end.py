@@ -27,7 +27,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from run import environment, installed_version
+from run import environment, held_out_fvu, installed_version
 from torch import Tensor, nn
 from transformers import GPT2Config, GPT2Model
 
@@ -134,8 +134,11 @@ def measure(args: argparse.Namespace) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as folder:
         coders, weights = TRAINERS[args.run](model, rows, options, latents, k, folder, clock)
     peak = torch.cuda.max_memory_allocated() / 2**20 if cuda else float("nan")
-    with weights():
-        reached = [fvu(coder, activations(model, name, held_out)) for name, coder in coders.items()]
+    with torch.no_grad(), weights():
+        reached = [
+            held_out_fvu(lambda x, coder=coder: coder(x).sae_out, activations(model, name, held_out))
+            for name, coder in coders.items()
+        ]
     tokens = args.steps * sequences * length
     return {
         "tokens_per_second": tokens / (clock.marks[1] - clock.marks[0]),
@@ -179,14 +182,6 @@ def activations(model: nn.Module, name: str, ids: Tensor) -> Tensor:
     model(ids)
     handle.remove()
     return torch.cat(seen)
-
-
-@torch.no_grad()
-def fvu(coder: nn.Module, x: Tensor) -> float:
-    """Σ ‖x - x̂‖² / Σ ‖x - mean‖² in float64."""
-    exact = x.double()
-    error = sum((part.double() - coder(part).sae_out.double()).square().sum() for part in x.split(2048))
-    return float(error / (exact - exact.mean(0)).square().sum())
 
 
 if __name__ == "__main__":

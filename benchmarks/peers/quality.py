@@ -46,7 +46,7 @@ def main() -> None:
                 contestant = make(name, s)
                 for batch in batches:
                     contestant.step(batch)
-                result = held_out_fvu(contestant, held_out), dead_share(contestant, torch.cat(batches[-8:]))
+                result = held_out_fvu(contestant.reconstruct, held_out), dead_share(contestant, torch.cat(batches[-8:]))
                 reached[name].append(result)
                 rows.append(
                     {"library": name, "optimizer": optimizer, "seed": seed, "fvu": result[0], "dead": result[1]}

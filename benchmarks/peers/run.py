@@ -20,6 +20,7 @@ import platform
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from statistics import median
@@ -102,7 +103,7 @@ def compare(case: str, libraries: list[str], threads: int) -> dict[str, Any]:
             "ms": [round(1e3 * t, 3) for t in seconds[name]],
             "median_ms": 1e3 * median(seconds[name][3:] or seconds[name]),  # the first ones warm up
             "peak_mib": memory[name].peak / 2**20 if memory else peak_in_a_process(case, name, threads),
-            "fvu": held_out_fvu(contestant, held_out),
+            "fvu": held_out_fvu(contestant.reconstruct, held_out),
         }
     report(case, s, hookpoint, results)
     return {"setting": {**s._asdict(), "dtype": str(s.dtype)}, "hookpoint": hookpoint, "results": results}
@@ -118,10 +119,10 @@ def timed(contestant: Contestant, batch: Tensor, device: str) -> float:
     return time.perf_counter() - start
 
 
-def held_out_fvu(contestant: Contestant, x: Tensor) -> float:
+def held_out_fvu(reconstruct: Callable[[Tensor], Tensor], x: Tensor) -> float:
     """Σ ‖x - x̂‖² / Σ ‖x - mean‖² in float64."""
     exact = x.double()
-    error = sum((part.double() - contestant.reconstruct(part).double()).square().sum() for part in x.split(1024))
+    error = sum((part.double() - reconstruct(part).double()).square().sum() for part in x.split(1024))
     return float(error / (exact - exact.mean(0)).square().sum())
 
 

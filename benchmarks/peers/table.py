@@ -20,11 +20,15 @@ def main() -> None:
     if args.write is None:
         print(text)
         return
-    page = args.write.read_text()
-    pattern = r"(<!-- peers-table -->\n).*?(<!-- /peers-table -->)"
-    if not re.search(pattern, page, re.S):
-        raise SystemExit(f"expected <!-- peers-table --> and <!-- /peers-table --> in {args.write}, found none")
-    args.write.write_text(re.sub(pattern, lambda match: match[1] + text + "\n" + match[2], page, flags=re.S))
+    write_between(args.write, "peers-table", text)
+
+
+def write_between(page: Path, mark: str, text: str) -> None:
+    """Replace what stands between the comments ``mark`` and ``/mark`` in ``page``."""
+    pattern, old = rf"(<!-- {mark} -->\n).*?(<!-- /{mark} -->)", page.read_text()
+    if not re.search(pattern, old, re.S):
+        raise SystemExit(f"expected <!-- {mark} --> and <!-- /{mark} --> in {page}, found none")
+    page.write_text(re.sub(pattern, lambda match: match[1] + text + "\n" + match[2], old, flags=re.S))
 
 
 def table(record: dict, path: Path) -> str:
