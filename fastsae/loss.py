@@ -5,21 +5,15 @@ Shapes: N tokens, D width. All sums are float32 (float64 for float64 input), wha
 
 from __future__ import annotations
 
-import importlib.util
-
 import torch
 from torch import Tensor
+
+from . import ops
 
 
 def total_variance(y: Tensor) -> Tensor:  # [N, D] -> []
     """Σ ‖y_n - mean(y)‖²: the denominator of FVU."""
-    plain = type(y) is Tensor and not y.requires_grad and not torch.compiler.is_compiling()  # no fake one either
-    if plain and y.is_cuda and y.dtype != torch.float64 and importlib.util.find_spec("triton") is not None:
-        from fastsae_kernels.center import squared_distance  # without a wide copy
-
-        return squared_distance(y, y.mean(0, dtype=torch.float32))
-    y = _wide(y)
-    return (y - y.mean(0)).square().sum()
+    return ops.squared_distance(y, y.mean(0, dtype=torch.promote_types(y.dtype, torch.float32)))
 
 
 def fvu(residual: Tensor, variance: Tensor) -> Tensor:  # [N, D], [] -> []

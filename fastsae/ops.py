@@ -47,6 +47,7 @@ __all__ = [
     "select_batch",
     "selection_of",
     "sparse_decode",
+    "squared_distance",
     "topk_encode",
 ]
 
@@ -144,3 +145,17 @@ def graphed_step() -> GraphedStep:
 def select_batch(x: Tensor, coder: Coder, k: int, *, implementation: str, **options) -> list[Block]:
     """:func:`fastsae_kernels.select_batch` by the implementation that fits ``x.device``."""
     return fastsae_kernels.select_batch(x, coder, k, implementation=resolve(implementation, x.device), **options)
+
+
+def squared_distance(x: Tensor, shift: Tensor) -> Tensor:  # [N, D], [D] -> []
+    """``Σ ‖x_n - shift‖²`` in shift's precision, float32 or float64.
+
+    Of plain 16-bit or float32 tensors on a GPU with Triton by a kernel, which makes no wide copy; else by torch, which
+    differentiates and traces it, too.
+    """
+    plain = type(x) is Tensor and not x.requires_grad and not torch.compiler.is_compiling()  # no fake one either
+    if plain and x.is_cuda and x.dtype != torch.float64 and _has_triton():
+        from fastsae_kernels.center import squared_distance
+
+        return squared_distance(x, shift)
+    return (x.to(shift.dtype) - shift).square().sum()

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from fastsae_kernels import graphed_step
 from fastsae_kernels.graphed_step import EAGER_STEPS, GraphedStep
 from fastsae_kernels.row_update import scalars
 from fastsae_kernels.rules import Adam, Adam8bit, Rows, Rule, Signum
@@ -80,6 +81,32 @@ def test_the_rules_numbers_may_lie_on_the_device(rule, device):
         torch.testing.assert_close(one[name], two[name], rtol=1e-5, atol=1e-7, msg=name)
 
 
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"loss": {"dead": torch.tensor([3, 8]), "k_aux": 2, "alpha": 0.1}}, "dead latents to revive"),
+        ({"loss": {"prefixes": (30, L)}}, "BatchTopK's or prefixes' selections"),
+        ({"backward": "dense"}, f"{L} latents for {K} active ones, whose backward is dense products"),
+        ({"dtype": torch.float32, "device": "cpu"}, "implementation triton on cpu"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_what_is_not_recorded_is_said_once(change, says, device, monkeypatch, caplog):
+    if "device" in change and device != "cpu":
+        pytest.skip("of a machine without a GPU")
+    monkeypatch.setattr(graphed_step, "_said", set())
+    monkeypatch.setenv("FASTSAE_BACKWARD", change.get("backward", "sparse"))
+    caplog.set_level("INFO", "fastsae")
+    loss = {name: v.to(device) if isinstance(v, torch.Tensor) else v for name, v in change.get("loss", {}).items()}
+    graphed = GraphedStep()
+    usual, other = (Training(Adam(), device, torch.float32) for _ in range(2))
+    for _ in range(2):
+        assert_same(
+            *(t.step(run, change.get("tokens", N), **loss) for t, run in ((usual, coder_step), (other, graphed)))
+        )
+    assert caplog.text.count(f"no CUDA graph of a step with {says}: going on kernel by kernel") == 1
+
+
 def test_without_a_gpu_it_is_the_step(device):
     graphed = GraphedStep()
     usual, other = (Training(Adam(), device, torch.float32) for _ in range(2))
@@ -98,6 +125,19 @@ def test_a_replay_is_the_step_to_the_bit(rule, dtype, skip):
     for _ in range(EAGER_STEPS + 4):
         assert_same(usual.step(), other.step(graphed))
     assert graphed.replays == 4
+
+
+@gpu
+def test_coders_that_take_turns_are_replayed_each_on_its_own():
+    graphs = [GraphedStep(), GraphedStep()]
+    pairs = [[Training(Adam(), "cuda", torch.bfloat16, skip=skip) for _ in range(2)] for skip in (False, True)]
+    for _ in range(EAGER_STEPS + 3):
+        for graphed, (usual, other) in zip(graphs, pairs, strict=True):
+            assert_same(usual.step(), other.step(graphed))
+    del graphs[0]  # its memory goes with it, and none of the other's
+    for _ in range(2):
+        assert_same(pairs[1][0].step(), pairs[1][1].step(graphs[0]))
+    assert graphs[0].replays == 5
 
 
 @gpu
@@ -126,15 +166,16 @@ def test_where_memory_is_short_it_goes_on_step_by_step(monkeypatch, caplog):
 
 
 @gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("optimizer", ["adam", "signum"])
-def test_a_run_with_graphs_ends_in_the_same_weights(optimizer, tmp_path):
+def test_a_run_with_graphs_ends_in_the_same_weights(optimizer, dtype, tmp_path):
     weights = []
     for graph in (False, True):
         cfg = TrainConfig(
             SaeConfig(num_latents=64, k=4), hookpoints=("h.0", "h.1.mlp"), batch_size=4, save_dir=str(tmp_path),
             optimizer=optimizer, run_name=f"{graph}", cuda_graph=graph, k_decay_steps=5,
         )  # fmt: skip
-        trainer = Trainer(cfg, token_rows(130, 8), make_model("gpt2").to("cuda"))
+        trainer = Trainer(cfg, token_rows(130, 8), make_model("gpt2").to("cuda", dtype))
         trainer.fit(progress=False)
         weights.append([p.detach().cpu() for coder in trainer.coders.values() for p in coder.parameters()])
         if graph:

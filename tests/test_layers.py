@@ -23,12 +23,12 @@ FLOORS = {
     ],
     "fastsae": [
         "errors interrupt version demo token_text",
-        "fields finetune hub integrity memmap origin placement rows tensor_parallel token_shuffle",
+        "fields finetune hub integrity memmap ops origin placement rows tensor_parallel token_shuffle",
         "coder_config encode_config",
         "config_checks",
         "config run_config stream training_state",
         "tokens options run_lock",
-        "ops loss checkpoint overrides resume run_file run_folder tracking progress sources batches model_loss",
+        "loss checkpoint overrides resume run_file run_folder tracking progress sources batches model_loss",
         "sae hooks data model retention",
         "shards",
         "activations coders row_optimizer compat saving error_sums",
@@ -119,7 +119,7 @@ KERNELS_MAY_IMPORT = {
     *("__future__", "torch", "triton", "typing", "os", "functools", "math", "dataclasses", "collections"),
     *("contextlib", "types", "json", "logging", "pathlib", "tempfile", "threading", "warnings"),
 }
-MAY_IMPORT_KERNELS = {"loss.py", "ops.py", "row_optimizer.py", "bench/cases.py", "planning/work.py"}
+MAY_IMPORT_KERNELS = {"ops.py", "row_optimizer.py", "bench/cases.py", "planning/work.py"}
 MAY_IMPORT_HUGGING_FACE = {
     *("hooks.py", "run.py", "model.py", "trainer.py", "train_step.py", "coders.py", "cli/app.py", "demo/build.py"),
     *(

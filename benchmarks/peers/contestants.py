@@ -80,6 +80,8 @@ class Fastsae:
 
     @torch.no_grad()
     def reconstruct(self, x: Tensor) -> Tensor:
+        if self._graphed is not None and not self._graphed.replays:
+            raise RuntimeError("fastsae-graph: expected steps replayed from a CUDA graph, got none; see its log")
         with self.optimizer.evaluation_weights([self.coder]):
             return self.coder(x).sae_out
 

@@ -114,10 +114,10 @@ def decode_residual(
 def backward(batch: Batch, coder: Coder, aux: AuxGrads | None, sink: Sink) -> tuple[Tensor, Tensor]:
     """Gradient rows to ``sink``; d_bias [L] and ``W_encᵀ d_bias`` [D]. A RowStep that fits runs in the kernel."""
     with torch.cuda.device_of(batch.x):
-        if isinstance(sink, RowStep) and runs_inside(sink, len(coder.bias), batch.top_acts.shape[1], batch.x.device):
-            return _fused(batch, coder, aux, sink)
         if dense_step.pays(len(coder.bias), batch.top_acts.shape[1], batch.x.device):
             return _dense(batch, coder, aux, sink)
+        if isinstance(sink, RowStep) and fits_inside(sink):
+            return _fused(batch, coder, aux, sink)
         grads = _grads(batch, coder.used_W_dec)
         block = RowGrads(0, len(coder.bias), grads.dW_enc, grads.db_enc, grads.dW_dec)
         return deliver([block], coder, aux, _kernel_sink(sink))
@@ -152,11 +152,9 @@ def _kernel_sink(sink: Sink) -> Sink:
     return sink
 
 
-def runs_inside(step: RowStep, num_latents: int, slots: int, device: torch.device) -> bool:
-    """Whether the optimizer's step is in the backward kernel: rows of one width that fit, and no dense products."""
+def fits_inside(step: RowStep) -> bool:
+    """Whether the backward kernel can take the optimizer's step: rows of one width, and registers for them."""
     matrices = (step.encoder, step.decoder)
-    if dense_step.pays(num_latents, slots, device):
-        return False
     return step.encoder.weight.shape == step.decoder.weight.shape and all(fits(step.rule, m) for m in matrices)
 
 

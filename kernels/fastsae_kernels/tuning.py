@@ -55,12 +55,14 @@ def tuned(
     """The fastest of ``candidates`` (frozen dataclasses, the default first) at ``run``; the default if none works.
 
     A candidate that raises (too much shared memory, say) is out. A kept winner that is no longer a candidate is
-    timed again.
+    timed again. While a CUDA graph is recorded nothing is timed.
     """
     key = "|".join([kernel, *(f"{n}={v}" for n, v in shape.items()), str(dtype), device_name, triton.__version__])
     if key not in _chosen:
         kept = _read().get(key)
         matching = [c for c in candidates if asdict(c) == kept]  # type: ignore[call-overload]
+        if not matching and torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+            return candidates[0]
         _chosen[key] = matching[0] if matching else _time(key, candidates, run, timer)
     return _chosen[key]
 
