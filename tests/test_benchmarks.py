@@ -92,5 +92,6 @@ def test_whole_runs_are_timed_from_batch_to_batch(tmp_path):
     record = json.loads((tmp_path / "out.json").read_text())
     (found,) = record["rounds"]["fastsae"]
     assert 0 < found["fvu"] < 1.2
+    assert found["peak_mib"] > 1
     assert re.search(rf"^fastsae +{found['tokens_per_second']:,.0f} ", out, re.M)
     assert record["setting"]["latents"] == 512

@@ -1,12 +1,13 @@
 """Whole training runs, fastsae beside sparsify: coders at every MLP of a GPT-2, both libraries' own Trainer.
 
     python benchmarks/peers/end_to_end.py --json FILE            # GPT-2 small's shape, 12 coders; on a GPU
-    python benchmarks/peers/end_to_end.py --size tiny            # two small layers; on a CPU, too
+    python benchmarks/peers/end_to_end.py --size demo            # the embedded model's shape, 6 coders; on a CPU, too
 
 Model forward, hooks, data and optimizer are in the time; start, compilation and saving are not: the clock runs from the
 ``--warm``-th batch to the one ``--steps`` later, with the device idle at both ends. Each library has a process of its
-own, in turn, ``--rounds`` times. The model's weights and the tokens are random: speed does not depend on them. FVU
-(float64 sums, mean over the coders) is on held-out tokens, with the weights after as many steps.
+own, in turn, ``--rounds`` times. Peak memory is torch's allocator's on a GPU, the process's on a CPU. The model's
+weights and the tokens are random: speed does not depend on them. FVU (float64 sums, mean over the coders) is on
+held-out tokens, with the weights after as many steps.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from collections.abc import Callable
 from contextlib import nullcontext, redirect_stdout
 from functools import partial
 from pathlib import Path
+from resource import RUSAGE_SELF, getrusage
 from statistics import median
 from typing import Any
 
@@ -33,6 +35,7 @@ from transformers import GPT2Config, GPT2Model
 
 SIZES = {  # layers, width, latents, k, sequences of a batch, tokens of a sequence, vocabulary
     "gpt2": (12, 768, 24576, 32, 8, 1024, 50257),
+    "demo": (6, 128, 8192, 32, 8, 256, 4096),
     "tiny": (2, 32, 512, 4, 2, 64, 256),
 }
 LIBRARIES = {"fastsae": "fastsae", "sparsify": "eai-sparsify"}
@@ -133,7 +136,7 @@ def measure(args: argparse.Namespace) -> dict[str, float]:
     options = {"batch_size": sequences, "hookpoints": ["h.*.mlp.act"], "optimizer": args.optimizer}
     with tempfile.TemporaryDirectory() as folder:
         coders, weights = TRAINERS[args.run](model, rows, options, latents, k, folder, clock)
-    peak = torch.cuda.max_memory_allocated() / 2**20 if cuda else float("nan")
+    peak = torch.cuda.max_memory_allocated() / 2**20 if cuda else getrusage(RUSAGE_SELF).ru_maxrss / 2**10
     with torch.no_grad(), weights():
         reached = [
             held_out_fvu(lambda x, coder=coder: coder(x).sae_out, activations(model, name, held_out))
