@@ -1,6 +1,6 @@
 """The kernels with the configs that ship, as cases for :mod:`aot`: what to compile for each target.
 
-A kernel joins by a function ``target -> list[Case]`` in ``KERNELS``; sizes come from ``configs.py``, so that what is
+A kernel joins by a function ``target -> list[Case]`` in ``KERNELS``; sizes come from the configs, so that what is
 compiled here is what runs. Shapes S1 and S2 are those of the benchmark.
 """
 

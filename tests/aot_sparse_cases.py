@@ -7,7 +7,7 @@ side at a time.
 from __future__ import annotations
 
 from aot import Case
-from fastsae_kernels import act_grad, configs, decode, latent_grad
+from fastsae_kernels import act_grad, decode, latent_grad, sparse_configs
 
 LATENTS = {768: 24576, 2048: 65536, 2304: 65536, 4096: 131072, 8192: 131072, 14336: 65536}  # by width
 K = 64
@@ -19,7 +19,7 @@ def decode_cases(target: str) -> list[Case]:
     """Decoded tokens; residuals after k and after all slots."""
 
     def case(D: int, w: str, *, residual: bool) -> Case:
-        config = configs.decode_config(D, LATENTS[D], K, 4 if w == "fp32" else 2)
+        config = sparse_configs.decode_config(D, LATENTS[D], K, 4 if w == "fp32" else 2)
         types = {"acts_ptr": "*fp32", "indices_ptr": "*i64", "W_ptr": f"*{w}", "out_ptr": f"*{w}", "N": "i32"}
         extra = {"bias_ptr": "*fp32", "target_ptr": f"*{w}", "sse_ptr": "*fp32"}
         return Case(
@@ -43,7 +43,7 @@ def decode_cases(target: str) -> list[Case]:
 def act_grad_cases(target: str) -> list[Case]:
     """Gradients of the activations where rows are too wide for the latent-major pass."""
     D = 14336
-    config = configs.decode_config(D, LATENTS[D], K, 2)
+    config = sparse_configs.decode_config(D, LATENTS[D], K, 2)
     return [
         Case(
             name=f"act_grad {D} bf16",
@@ -67,7 +67,7 @@ def latent_grad_cases(target: str) -> list[Case]:
     """Latents and chunks of hot latents."""
 
     def case(side: str, D: int, w: str, *, chunks: bool = False) -> Case:
-        config = configs.latent_grad_config(D, 4 if w == "fp32" else 2)
+        config = sparse_configs.latent_grad_config(D, 4 if w == "fp32" else 2)
         pointers = DECODER_SIDE | {"grad_ptr": f"*{w}"} if side != "encoder" else {}
         pointers |= ENCODER_SIDE | {"x_ptr": f"*{w}"} if side != "decoder" else {}
         if side == "coder":

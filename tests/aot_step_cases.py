@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from aot import Case
-from fastsae_kernels import center, configs, latent_step, row_update
+from fastsae_kernels import center, latent_step, row_update, sparse_configs
 
 K = 64
 STATES = {  # what a rule's state looks like: first, second, and their scales
@@ -49,7 +49,7 @@ def row_update_cases(target: str) -> list[Case]:
             kernel=row_update._row_update_kernel,
             types={"weight_ptr": "*fp32", "grad_ptr": "*fp32", "low_ptr": "*bf16"} | have | SCALARS,
             constexprs=without | {"D": D, "RULE": row_update.CODES[rule], "UNIT_ROWS": True, "BLOCK_D": BLOCK_D},
-            options={"num_warps": configs.update_warps(BLOCK_D, target)},
+            options={"num_warps": sparse_configs.update_warps(BLOCK_D, target)},
         )
 
     return [case(D, rule) for D in (768, 4096) for rule in STATES] + [case(8192, "adam")]
@@ -66,7 +66,7 @@ def latent_step_cases(target: str) -> list[Case]:
         pointers |= {f"W_{side}_ptr": "*fp32", f"{side}_low_ptr": "*bf16"}
 
     def case(D: int, rule: str) -> Case:
-        config = configs.latent_step_config(D, target)
+        config = sparse_configs.latent_step_config(D, target)
         have, without = {}, {}
         for prefix in ("enc_", "dec_"):
             mine, missing = _state(rule, prefix)

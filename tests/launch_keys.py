@@ -14,7 +14,7 @@ from types import SimpleNamespace
 
 import torch
 import triton
-from fastsae_kernels import Adam, Coder, Loss, Rows, RowStep, coder_step, configs, launch, row_update
+from fastsae_kernels import Adam, Coder, Loss, Rows, RowStep, coder_step, gpu, launch, row_update
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
@@ -22,7 +22,7 @@ TOKENS = (1, 2, 15, 16, 17, 4096, 2**20)
 D, L, K = 16, 128, 4
 
 decode_module = import_module("fastsae_kernels.decode")
-latent_grad_module = import_module("fastsae_kernels.latent_grad")
+backward = import_module("fastsae_kernels.backward")
 
 
 @triton.jit
@@ -60,7 +60,7 @@ def launchers() -> dict[str, Callable[[int], object]]:
         "act_grad": lambda N: launch.act_grad(x(N), code(N)[1], weight),
         "decode_backward": lambda N: launch.decode_backward(x(N), *code(N), weight),
         "encode_backward": lambda N: launch.encode_backward(*code(N), x(N), L),
-        "coder_backward": lambda N: latent_grad_module.coder_backward(x(N), *code(N), x(N), weight),
+        "coder_backward": lambda N: backward.coder_backward(x(N), *code(N), x(N), weight),
         "coder_step": lambda N: step(N, number=N),
         "row_update": lambda N: row_update.update(rule, Rows(weight, rule.new_state(weight)), weight, lr=N / 3, step=N),
         "forgotten": lambda N: _specialised_kernel[(1,)](bias, N),
@@ -75,7 +75,7 @@ def main() -> None:
             get_current_target=lambda: GPUTarget("cuda", 90, 32),
         )  # pyright: ignore[reportArgumentType]
     )
-    configs.gpu_family = lambda _: "sm_90"
+    gpu.gpu_family = lambda _: "sm_90"
     seen: list[str] = []
 
     def take_down(*, key, fn, **_) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from fastsae_kernels import autograd, reference, sparse_decode, topk_encode
+from fastsae_kernels import operators, reference, sparse_decode, topk_encode
 from fastsae_kernels.testing import Inputs, assert_no_worse, make_inputs
 from torch import Tensor
 
@@ -198,7 +198,7 @@ def test_encode_runs_only_what_its_leaf_needs(implementation, leaf, forbidden, m
     given[leaf].requires_grad_()
     everything = dict(zip(given, encode_gradients(inputs, torch.float32, implementation), strict=True))
     out = topk_encode(**given, k=K, implementation=implementation)
-    monkeypatch.setattr(autograd.backend(implementation), forbidden, refuse)
+    monkeypatch.setattr(operators.backend(implementation), forbidden, refuse)
     loss_of(out.top_acts).backward()
     assert torch.equal(given[leaf].grad, everything[leaf])
     assert all(t.grad is None for name, t in given.items() if name != leaf)
@@ -211,7 +211,7 @@ def test_frozen_encoder_makes_no_gradient_of_its_size(implementation, trained, m
     given = {name: getattr(inputs, name) for name in ("x", "weight", "bias", "b_dec")}
     truth = dict(zip(given, encode_gradients(inputs, torch.float64, "reference"), strict=True))
     by_torch = dict(zip(given, encode_gradients(inputs, torch.float32, "reference"), strict=True))
-    module = autograd.backend(implementation)
+    module = operators.backend(implementation)
     made, right = [], module.encode_backward
     monkeypatch.setattr(module, "encode_backward", lambda *tensors: made.append(right(*tensors)) or made[-1])
     for name in trained:
@@ -229,7 +229,7 @@ def test_frozen_encoder_makes_no_gradient_of_its_size(implementation, trained, m
 def test_frozen_decoder_makes_no_gradient_of_its_size(implementation, monkeypatch, place):
     top_acts, top_indices = a_code(place)
     W_dec = make_inputs(N, D, L, device=place).W_dec
-    monkeypatch.setattr(autograd.backend(implementation), "decode_backward", refuse)
+    monkeypatch.setattr(operators.backend(implementation), "decode_backward", refuse)
     acts = top_acts.double().requires_grad_()
     loss_of(reference.sparse_decode(acts, top_indices, W_dec.double())).backward()
     actual = top_acts.clone().requires_grad_()
@@ -313,5 +313,5 @@ def test_kernels_launch_where_their_tensors_are(primitive, monkeypatch, device):
     made_current = []
     device_of = torch.cuda.device_of
     monkeypatch.setattr(torch.cuda, "device_of", lambda tensor: made_current.append(tensor) or device_of(tensor))
-    getattr(autograd.backend("triton"), primitive)(*arguments)
+    getattr(operators.backend("triton"), primitive)(*arguments)
     assert made_current == [arguments[0]]

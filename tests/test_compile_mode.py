@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from fastsae_kernels import autograd, sparse_decode, topk_encode
+from fastsae_kernels import operators, sparse_decode, topk_encode
 from fastsae_kernels.testing import make_inputs
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -27,18 +27,18 @@ def outputs_and_gradients(function, dtype: torch.dtype, tokens: int = N) -> list
 def primitives(dtype: torch.dtype) -> dict[str, tuple]:
     """Every registered operator with arguments for it."""
     x, weight, bias, W_dec, b_dec = make_inputs(N, D, L, dtype=dtype)
-    acts, indices = autograd._encode(x, weight, bias, None, K, "topk", "cpu")
+    acts, indices = operators.encode(x, weight, bias, None, K, "topk", "cpu")
     return {
-        "_encode": (x, weight, bias, torch.arange(L) % 2 == 0, K, "topk", "cpu"),
-        "_encode_backward": (acts, indices, x, L, "cpu"),
-        "_decode": (acts, indices, W_dec, b_dec, "cpu"),
-        "_decode_backward": (x, acts, indices, W_dec, "cpu"),
-        "_act_grad": (x, indices, W_dec, "cpu"),
-        "_select": (acts, 3, "topk", "cpu"),
+        "encode": (x, weight, bias, torch.arange(L) % 2 == 0, K, "topk", "cpu"),
+        "encode_backward": (acts, indices, x, L, "cpu"),
+        "decode": (acts, indices, W_dec, b_dec, "cpu"),
+        "decode_backward": (x, acts, indices, W_dec, "cpu"),
+        "act_grad": (x, indices, W_dec, "cpu"),
+        "select": (acts, 3, "topk", "cpu"),
     }
 
 
-PRIMITIVES = ["_encode", "_encode_backward", "_decode", "_decode_backward", "_act_grad", "_select"]
+PRIMITIVES = ["encode", "encode_backward", "decode", "decode_backward", "act_grad", "select"]
 
 
 @pytest.fixture(autouse=True)
@@ -86,7 +86,7 @@ def test_dense_scores_compile_too():
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", PRIMITIVES)
 def test_fake_outputs_are_shaped_like_real_ones(name, dtype):
-    operator, args = getattr(autograd, name), primitives(dtype)[name]
+    operator, args = getattr(operators, name), primitives(dtype)[name]
     real = operator(*args)
     with FakeTensorMode() as mode:
         fake = operator(*(mode.from_tensor(a) if isinstance(a, Tensor) else a for a in args))
@@ -96,13 +96,13 @@ def test_fake_outputs_are_shaped_like_real_ones(name, dtype):
 
 @pytest.mark.parametrize("name", PRIMITIVES)
 def test_operator_registration(name):
-    torch.library.opcheck(getattr(autograd, name), primitives(torch.float32)[name])
+    torch.library.opcheck(getattr(operators, name), primitives(torch.float32)[name])
 
 
 @pytest.mark.parametrize("name", PRIMITIVES)
 def test_operators_leave_their_inputs_alone(name):
     args = primitives(torch.float32)[name]
     before = [a.clone() if isinstance(a, Tensor) else a for a in args]
-    getattr(autograd, name)(*args)
+    getattr(operators, name)(*args)
     for a, b in zip(args, before, strict=True):
         assert torch.equal(a, b) if isinstance(a, Tensor) else a == b

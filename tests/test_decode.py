@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from fastsae_kernels import configs, reference
+from fastsae_kernels import gpu, reference, sparse_configs
 from fastsae_kernels.act_grad import act_grad
 from fastsae_kernels.decode import decode, decode_residual
 from fastsae_kernels.testing import assert_no_worse
@@ -36,7 +36,7 @@ def normal(*shape: int, dtype: torch.dtype, device: str, seed: int = 1) -> Tenso
 
 def floor(K: int, dtype: torch.dtype) -> float:
     """Another order of summing K float32 products; and Triton's interpreter truncates where it stores bfloat16."""
-    return (K + 2) * 2.0**-24 + (2.0**-7 if dtype == torch.bfloat16 and configs.interpreting() else 0.0)
+    return (K + 2) * 2.0**-24 + (2.0**-7 if dtype == torch.bfloat16 and gpu.interpreting() else 0.0)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -164,4 +164,4 @@ def test_act_grad_no_worse_than_torch(shape, dtype, device):
     (192, 1000, 2, 64), (7, 9, 4, 16),
 ])  # fmt: skip
 def test_slabs_fit_into_the_cache(D, L, itemsize, BLOCK_D):
-    assert configs.decode_config(D, L, 64, itemsize).BLOCK_D == BLOCK_D
+    assert sparse_configs.decode_config(D, L, 64, itemsize).BLOCK_D == BLOCK_D

@@ -8,7 +8,7 @@ import math
 
 import pytest
 import torch
-from fastsae_kernels import configs, reference
+from fastsae_kernels import configs, gpu, reference
 from fastsae_kernels.encode import encode
 from fastsae_kernels.select import select
 from fastsae_kernels.testing import assert_no_worse, make_inputs
@@ -261,7 +261,7 @@ def test_few_programs_take_all_tiles(device, monkeypatch):
     tile = configs.EncodeConfig(16, 16, 16, 4, 4, num_warps=4, num_stages=1, persistent=True)
     programs = []
     monkeypatch.setattr(configs, "default_encode", lambda *_: tile)
-    monkeypatch.setattr(configs, "multiprocessors", lambda _: programs.append(4) or 4)
+    monkeypatch.setattr(gpu, "multiprocessors", lambda _: programs.append(4) or 4)
     for seed, k in enumerate((1, 9)):
         assert_is_reference(*integers(37, 12, 90, device, seed=seed), k, path="fused")  # 3 * 6 tiles
     assert len(programs) == 2

@@ -7,9 +7,10 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from fastsae_kernels import configs, reference
+from fastsae_kernels import reference, sparse_configs
+from fastsae_kernels.backward import coder_backward, decode_backward, encode_backward
 from fastsae_kernels.by_latent import by_latent
-from fastsae_kernels.latent_grad import coder_backward, decode_backward, encode_backward, latent_grad
+from fastsae_kernels.latent_grad import latent_grad
 from fastsae_kernels.testing import assert_no_worse
 from torch import Tensor
 
@@ -165,7 +166,7 @@ def test_int32_indices_change_nothing(device):
 @pytest.mark.parametrize(("D", "BLOCK_D"), [(40, 16), (123, 64), (8193, None)])
 def test_rows_wider_than_the_registers(D, BLOCK_D, monkeypatch, device):
     if BLOCK_D:
-        narrow = configs.LatentGradConfig(BLOCK_P=4, BLOCK_D=BLOCK_D, num_warps=1)
+        narrow = sparse_configs.LatentGradConfig(BLOCK_P=4, BLOCK_D=BLOCK_D, num_warps=1)
         module = importlib.import_module("fastsae_kernels.latent_grad")
         monkeypatch.setattr(module, "latent_grad_config", lambda D, itemsize: narrow)
     step = make_step((3, D, 4, 3), device)
@@ -180,7 +181,7 @@ def test_rows_wider_than_the_registers(D, BLOCK_D, monkeypatch, device):
 @pytest.mark.parametrize("wide", [False, True])
 def test_multi_k_takes_two_gradients(wide, monkeypatch, device):
     if wide:
-        slabs = configs.LatentGradConfig(BLOCK_P=2, BLOCK_D=16, num_warps=1)
+        slabs = sparse_configs.LatentGradConfig(BLOCK_P=2, BLOCK_D=16, num_warps=1)
         module = importlib.import_module("fastsae_kernels.latent_grad")
         monkeypatch.setattr(module, "latent_grad_config", lambda D, itemsize: slabs)
     step, first_k = make_step((9, 30, 12, 8), device), 3

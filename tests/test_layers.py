@@ -8,16 +8,17 @@ import pytest
 ROOT = Path(__file__).parents[1]
 FLOORS = {
     "fastsae_kernels": [
-        "keys ranks configs tuning reference cpu_sampled cpu_bound gemm_tile by_latent rules step_sizes",
-        "cpu_select cpu_candidates split",
+        "gpu keys ranks tuning reference cpu_sampled cpu_bound gemm_tile by_latent rules step_sizes pair_sums",
+        "configs sparse_configs cpu_select cpu_candidates split row_best row_candidates",
         "auxk batch_topk center",
         "encoder_choice groupmax decode cpu_screen step_parts",
         "select act_grad cpu reference_step dense_step prefixes",
         "resolve latent_grad cpu_step row_update",
-        "encode cpu_memory gpu_memory",
+        "encode backward cpu_memory gpu_memory",
         "launch latent_step update reference_memory",
-        "autograd step",
-        "varying graphed_step",
+        "operators step",
+        "autograd graphed_step",
+        "varying",
         "__init__",
         "testing",
     ],

@@ -10,14 +10,9 @@ import torch
 triton = pytest.importorskip("triton", reason="Triton is for Linux")
 import triton.language as tl  # noqa: E402
 from fastsae_kernels import configs, reference  # noqa: E402
-from fastsae_kernels.select import (  # noqa: E402
-    group_column,
-    keep_best,
-    row_threshold,
-    select,
-    select_scores,
-    write_row,
-)
+from fastsae_kernels.row_best import keep_best, write_row  # noqa: E402
+from fastsae_kernels.row_candidates import group_column, row_threshold  # noqa: E402
+from fastsae_kernels.select import select, select_scores  # noqa: E402
 
 
 @triton.jit

@@ -10,7 +10,7 @@ from functools import partial
 from typing import NamedTuple
 
 import torch
-from fastsae_kernels import autograd, reference, sparse_decode, topk_encode
+from fastsae_kernels import operators, reference, sparse_decode, topk_encode
 from torch import Tensor
 
 from .truth import Problem
@@ -77,7 +77,7 @@ def _topk(p: Problem, implementation: str) -> Run:
         return lambda: (scores.topk(p.k, dim=1).indices,)
     if implementation == "reference":
         return lambda: (reference.select(scores, p.k),)
-    select = autograd.backend(implementation).select
+    select = operators.backend(implementation).select
     return lambda: (select(scores, p.k),)
 
 

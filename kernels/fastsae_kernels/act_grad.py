@@ -15,8 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .configs import decode_config
 from .decode import refuse_float64
+from .sparse_configs import decode_config
 
 
 @triton.jit(do_not_specialize=["N"])

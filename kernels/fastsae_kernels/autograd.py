@@ -2,110 +2,17 @@
 
 Shapes: N tokens, D width, L latents, K active latents.
 
-Each is a ``torch.autograd.Function`` over four primitives (encode, decode and their backwards) that a
-backend provides: ``triton`` (this package's kernels) or ``cpu``. The primitives are registered as torch
-operators, so ``torch.compile(fullgraph=True)`` and FakeTensor see them as opaque, shaped calls.
+Each is a ``torch.autograd.Function`` over the primitives of :mod:`.operators`.
 """
 
 from __future__ import annotations
 
-from types import ModuleType
-
 import torch
 from torch import Tensor
 
-from . import reference
-from .reference import EncoderOutput, accumulator_dtype
-
-NAMESPACE = __name__.split(".")[0].replace("-", "_")
-BACKENDS = ("triton", "cpu")
-
-
-def backend(name: str) -> ModuleType:
-    """The module with ``encode, decode, encode_backward, decode_backward, act_grad, select`` of that name."""
-    if name == "triton":
-        from . import launch
-
-        return launch
-    if name == "cpu":
-        from . import cpu
-
-        return cpu
-    raise ValueError(f"implementation: expected one of {(*BACKENDS, 'reference')}, got {name!r}")
-
-
-# ---- primitives as torch operators -------------------------------------------------------------------
-
-
-@torch.library.custom_op(f"{NAMESPACE}::encode", mutates_args=())
-def _encode(
-    x: Tensor, weight: Tensor, bias: Tensor, latent_mask: Tensor | None, k: int, activation: str, impl: str
-) -> tuple[Tensor, Tensor]:
-    return backend(impl).encode(x, weight, bias, k, activation, latent_mask)
-
-
-@_encode.register_fake
-def _(x, weight, bias, latent_mask, k, activation, impl):
-    shape = (x.shape[0], k)
-    return x.new_empty(shape, dtype=accumulator_dtype(x.dtype)), x.new_empty(shape, dtype=torch.int64)
-
-
-@torch.library.custom_op(f"{NAMESPACE}::encode_backward", mutates_args=())
-def _encode_backward(
-    d_acts: Tensor, top_indices: Tensor, x: Tensor, num_latents: int, impl: str
-) -> tuple[Tensor, Tensor]:
-    return backend(impl).encode_backward(d_acts, top_indices, x, num_latents)
-
-
-@_encode_backward.register_fake
-def _(d_acts, top_indices, x, num_latents, impl):
-    acc = accumulator_dtype(x.dtype)
-    return x.new_empty((num_latents, x.shape[1]), dtype=acc), x.new_empty(num_latents, dtype=acc)
-
-
-@torch.library.custom_op(f"{NAMESPACE}::decode", mutates_args=())
-def _decode(top_acts: Tensor, top_indices: Tensor, W_dec: Tensor, b_dec: Tensor | None, impl: str) -> Tensor:
-    return backend(impl).decode(top_acts, top_indices, W_dec, b_dec)
-
-
-@_decode.register_fake
-def _(top_acts, top_indices, W_dec, b_dec, impl):
-    return W_dec.new_empty((top_acts.shape[0], W_dec.shape[1]))
-
-
-@torch.library.custom_op(f"{NAMESPACE}::decode_backward", mutates_args=())
-def _decode_backward(
-    grad_out: Tensor, top_acts: Tensor, top_indices: Tensor, W_dec: Tensor, impl: str
-) -> tuple[Tensor, Tensor]:
-    return backend(impl).decode_backward(grad_out, top_acts, top_indices, W_dec)
-
-
-@_decode_backward.register_fake
-def _(grad_out, top_acts, top_indices, W_dec, impl):
-    return torch.empty_like(top_acts), torch.empty_like(W_dec, dtype=accumulator_dtype(W_dec.dtype))
-
-
-@torch.library.custom_op(f"{NAMESPACE}::act_grad", mutates_args=())
-def _act_grad(grad_out: Tensor, top_indices: Tensor, W_dec: Tensor, impl: str) -> Tensor:
-    return backend(impl).act_grad(grad_out, top_indices, W_dec)
-
-
-@_act_grad.register_fake
-def _(grad_out, top_indices, W_dec, impl):
-    return W_dec.new_empty(top_indices.shape, dtype=accumulator_dtype(W_dec.dtype))
-
-
-@torch.library.custom_op(f"{NAMESPACE}::select", mutates_args=())
-def _select(pre_acts: Tensor, k: int, activation: str, impl: str) -> Tensor:
-    return backend(impl).select(pre_acts, k, activation)
-
-
-@_select.register_fake
-def _(pre_acts, k, activation, impl):
-    return pre_acts.new_empty((pre_acts.shape[0], k), dtype=torch.int64)
-
-
-# ---- autograd ----------------------------------------------------------------------------------------
+from . import operators, reference
+from .operators import backend
+from .reference import EncoderOutput
 
 
 class TopKEncode(torch.autograd.Function):
@@ -118,7 +25,7 @@ class TopKEncode(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, b_dec, latent_mask, k, activation, impl):
         centered = reference.center(x, b_dec)
-        top_acts, top_indices = _encode(centered, weight, bias, latent_mask, k, activation, impl)
+        top_acts, top_indices = operators.encode(centered, weight, bias, latent_mask, k, activation, impl)
         return keep_selection(ctx, centered, weight, bias, b_dec, top_acts, top_indices, impl)
 
     @staticmethod
@@ -140,11 +47,11 @@ def selection_grads(ctx, d_acts: Tensor) -> tuple[Tensor | None, Tensor | None, 
     d_acts = d_acts.masked_fill(top_acts <= 0, 0.0)  # [N, K]
     dx = d_weight = d_bias = d_b_dec = None
     if ctx.needs_input_grad[0]:
-        dx = _decode(d_acts, top_indices, weight, None, ctx.impl).to(centered.dtype)
+        dx = operators.decode(d_acts, top_indices, weight, None, ctx.impl).to(centered.dtype)
     if any(ctx.needs_input_grad[1:4]):
         # a frozen weight: no [L, D] gradient; a width of 1 leaves the biases' sums as they are
         x = centered if ctx.needs_input_grad[1] else centered.new_ones((len(centered), 1))
-        d_weight, d_bias = _encode_backward(d_acts, top_indices, x, weight.shape[0], ctx.impl)
+        d_weight, d_bias = operators.encode_backward(d_acts, top_indices, x, weight.shape[0], ctx.impl)
         if ctx.needs_input_grad[3]:
             d_b_dec = -(d_bias @ weight.to(d_bias.dtype)).to(ctx.b_dec_dtype)
         d_weight = d_weight.to(weight.dtype) if ctx.needs_input_grad[1] else None
@@ -159,20 +66,17 @@ class SparseDecode(torch.autograd.Function):
     def forward(ctx, top_acts, top_indices, W_dec, impl):
         ctx.save_for_backward(top_acts, top_indices, W_dec)
         ctx.impl = impl
-        return _decode(top_acts, top_indices, W_dec, None, impl)
+        return operators.decode(top_acts, top_indices, W_dec, None, impl)
 
     @staticmethod
     def backward(ctx, grad_out):  # pyright: ignore[reportIncompatibleMethodOverride]
         top_acts, top_indices, W_dec = ctx.saved_tensors
         if ctx.needs_input_grad[2]:
-            d_acts, d_W_dec = _decode_backward(grad_out.contiguous(), top_acts, top_indices, W_dec, ctx.impl)
+            d_acts, d_W_dec = operators.decode_backward(grad_out.contiguous(), top_acts, top_indices, W_dec, ctx.impl)
             return d_acts if ctx.needs_input_grad[0] else None, None, d_W_dec.to(W_dec.dtype), None
         # a frozen decoder: no [L, D] gradient, no index
-        d_acts = _act_grad(grad_out.contiguous(), top_indices, W_dec, ctx.impl)
+        d_acts = operators.act_grad(grad_out.contiguous(), top_indices, W_dec, ctx.impl)
         return d_acts.to(top_acts.dtype), None, None, None
-
-
-# ---- public functions --------------------------------------------------------------------------------
 
 
 def topk_encode(
@@ -207,7 +111,7 @@ def topk_encode(
     if return_pre_acts:  # dense anyway: autograd differentiates both outputs
         pre_acts = reference.scores(reference.center(x, b_dec), weight, bias).relu()
         allowed = pre_acts if latent_mask is None else pre_acts.masked_fill(~latent_mask, 0.0)
-        top_indices = _select(allowed.detach(), k, activation, implementation)
+        top_indices = operators.select(allowed.detach(), k, activation, implementation)
         return EncoderOutput(allowed.gather(-1, top_indices), top_indices, allowed)
     top_acts, top_indices = TopKEncode.apply(x, weight, bias, b_dec, latent_mask, k, activation, implementation)
     return EncoderOutput(top_acts, top_indices, None)

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .configs import interpreting
+from .gpu import interpreting
 
 BLOCK_N, BLOCK_D = 8, 512
 """A program's tile."""

@@ -1,20 +1,17 @@
-"""Default tile sizes by kernel, shape, dtype and GPU.
+"""Default tile sizes of the encoders and selects, by shape, dtype and GPU.
 
 Shapes: N tokens, D width, L latents, K active latents. A default never depends on N, so that a new number of tokens
 compiles nothing. ``FASTSAE_AUTOTUNE=1`` lets :mod:`.tuning` time a few candidates instead, once per shape and GPU.
-
-GPU families are the targets that the test suite compiles for: ``sm_80`` (A100), ``sm_89`` (Ada, also Ampere and
-Blackwell cards with 100 KB of shared memory), ``sm_90`` (Hopper), ``sm_100`` (datacenter Blackwell), ``gfx942``
-(MI300), and ``interpreter``, whose tiles are tiny because it runs them one element loop at a time.
 """
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass, replace
 
 import torch
 import triton
+
+from . import gpu
 
 CHUNK_BYTES = 256 * 2**20
 """Scratch memory of one encode call, at most (or one block of rows): it does not grow with N."""
@@ -82,41 +79,6 @@ class ResolveConfig:
     num_warps: int
 
 
-def interpreting() -> bool:
-    """Whether ``TRITON_INTERPRET=1`` runs kernels on the CPU."""
-    return bool(triton.knobs.runtime.interpret)  # pyright: ignore[reportAttributeAccessIssue]
-
-
-def gpu_family(device: torch.device) -> str:
-    """Which family's defaults serve ``device``."""
-    if interpreting() or device.type != "cuda":
-        return "interpreter"
-    return _family_of_gpu(device.index if device.index is not None else torch.cuda.current_device())
-
-
-@functools.cache
-def _family_of_gpu(index: int) -> str:
-    if torch.version.hip:
-        return "gfx942"
-    capability = torch.cuda.get_device_capability(index)
-    if capability[0] == 10:
-        return "sm_100"
-    if capability[0] == 9:
-        return "sm_90"
-    return "sm_80" if capability == (8, 0) else "sm_89"
-
-
-@functools.cache
-def multiprocessors(device: torch.device) -> int:
-    """Multiprocessors of a GPU; 2 under the interpreter."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
-
-
-def dot_precision(dtype: torch.dtype) -> str:
-    """``tl.dot``'s precision: float32 products are never rounded to tf32; narrower ones have no choice."""
-    return "ieee" if dtype == torch.float32 else "tf32"
-
-
 def best(k: int) -> int:
     """Length of the sorted list that a select keeps per row."""
     return max(16, triton.next_power_of_2(k))
@@ -131,8 +93,6 @@ def list_length(k: int, extra: int) -> int:
     """Scratch words of a row of a select."""
     return window(k, extra) + max(best(k), window(k, extra))
 
-
-# ---- encoding ------------------------------------------------------------------------------------------------
 
 _ENCODE_16_BIT = {
     "sm_80": EncodeConfig(128, 256, 32, GROUP=8, STRIDE=32, num_warps=8, num_stages=3),
@@ -202,7 +162,7 @@ def resolve_config(num_groups: int, k: int, group: int, family: str) -> ResolveC
 
 def select_config(L: int, k: int, device: torch.device) -> SelectConfig:
     """How stored scores are dealt into groups on ``device``."""
-    return default_select(L, k, gpu_family(device))
+    return default_select(L, k, gpu.gpu_family(device))
 
 
 def default_select(L: int, k: int, family: str) -> SelectConfig:
@@ -215,105 +175,3 @@ def default_select(L: int, k: int, family: str) -> SelectConfig:
     lanes = min(2048, max(512, triton.next_power_of_2(triton.cdiv(L, 16))))
     lanes = max(lanes, min(4096, triton.next_power_of_2(4 * k)))
     return SelectConfig(lanes, num_warps=4 if k <= 256 else 8)
-
-
-# ---- decoding and the backward pass ----------------------------------------------------------------------
-
-SLAB_BYTES = 8 * 2**20
-"""A slab of W_dec should stay in L2 beside everything else: on an H200 with 60 MB, 16 MB were slower than 8."""
-
-
-@dataclass(frozen=True)
-class DecodeConfig:
-    """Tiles of the decoder and of its transpose."""
-
-    BLOCK_K: int
-    """Rows of W_dec in flight."""
-
-    BLOCK_D: int
-    """Width of a slab."""
-
-    num_warps: int
-
-
-@dataclass(frozen=True)
-class LatentGradConfig:
-    """Tiles of the latent-major backward."""
-
-    BLOCK_P: int
-    """Pairs per iteration."""
-
-    BLOCK_D: int
-    """At least D: the whole row in registers. Less: slabs, after a pass of their own for the activations' gradient."""
-
-    num_warps: int
-
-    STAGES: int = 0
-    """Iterations that rows of tokens are loaded ahead, through shared memory; 0: none."""
-
-
-def decode_config(D: int, L: int, k: int, itemsize: int) -> DecodeConfig:
-    """Slabs of 128 columns; of 64 where 128 would crowd L2 or leave more than an eighth of its lanes idle."""
-    BLOCK_D = min(128, max(16, triton.next_power_of_2(D)))
-    if BLOCK_D > 64 and (L * BLOCK_D * itemsize > SLAB_BYTES or -D % BLOCK_D > D // 8):
-        BLOCK_D = 64
-    return DecodeConfig(min(8, triton.next_power_of_2(k)), BLOCK_D, num_warps=1)
-
-
-def latent_grad_config(D: int, itemsize: int) -> LatentGradConfig:
-    """The whole row in registers up to 8192 columns; beyond, slabs of 4096. Wide float32 rows come one at a time."""
-    BLOCK_D = max(16, triton.next_power_of_2(D))
-    if BLOCK_D <= 1024:
-        return LatentGradConfig(1024 // BLOCK_D, BLOCK_D, num_warps=1, STAGES=0 if interpreting() else 3)
-    if itemsize == 2 and BLOCK_D in (2048, 4096) and not interpreting():
-        return LatentGradConfig(1, BLOCK_D, num_warps=BLOCK_D // 512, STAGES=3)
-    BLOCK_P = 1 if itemsize == 4 else 2
-    if BLOCK_D == 2048:
-        return LatentGradConfig(BLOCK_P, BLOCK_D, num_warps=4)
-    if BLOCK_D == 8192:
-        return LatentGradConfig(1, BLOCK_D, num_warps=16)
-    return LatentGradConfig(BLOCK_P, 4096, num_warps=8)
-
-
-def update_warps(BLOCK_D: int, family: str) -> int:
-    """Warps of an optimizer's kernel that holds a row of BLOCK_D columns, its gradient and its moments."""
-    warps = max(1, BLOCK_D // (256 if BLOCK_D <= 1024 else 512))
-    return max(1, warps // 2) if family == "gfx942" else warps  # of 64 threads there
-
-
-@dataclass(frozen=True)
-class LatentStepConfig:
-    """Tiles of the latent-major backward with the optimizer behind it."""
-
-    LATENTS: int
-    """Latents per program: one partial row of W_encᵀ d_bias is written for all of them."""
-
-    BLOCK_P: int
-    """Pairs per iteration."""
-
-    BLOCK_D: int
-    """At least D: the whole row in registers."""
-
-    num_warps: int
-
-    STAGES: int = 0
-    """See :class:`LatentGradConfig`."""
-
-    max_registers: int | None = None
-    """Of a thread, where the compiler would take more and leave room for fewer programs at a time."""
-
-    @property
-    def options(self) -> dict[str, int]:
-        """Of the launch."""
-        return {"num_warps": self.num_warps} | ({"maxnreg": self.max_registers} if self.max_registers else {})
-
-
-def latent_step_config(D: int, family: str) -> LatentStepConfig:
-    """Few registers a thread, so that two rows or more share a multiprocessor; pairs of wide rows come one by one."""
-    BLOCK_D = max(16, triton.next_power_of_2(D))
-    warps = max(1, BLOCK_D // (1024 if family == "gfx942" else 512))
-    stages = 0 if interpreting() or BLOCK_D > 2048 else 2  # wider rows leave no registers for it
-    registers = {1024: 96, 2048: 128}.get(BLOCK_D) if family == "sm_90" else None  # 7 % faster on an H200
-    if BLOCK_D <= 1024:
-        return LatentStepConfig(4, 1024 // BLOCK_D, BLOCK_D, warps, stages, registers)
-    return LatentStepConfig(16, 2 if BLOCK_D == 2048 else 1, BLOCK_D, warps, stages, registers)

@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .configs import decode_config
+from .sparse_configs import decode_config
 
 
 class Residual(NamedTuple):

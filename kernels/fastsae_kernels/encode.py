@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import configs, tuning
+from . import configs, gpu, tuning
 from .encoder_choice import choose_encoder
 from .gemm_tile import tile_operands, tile_scores
 from .groupmax import groupmax_encode
@@ -158,7 +158,7 @@ def _whole_rows(matrix: Tensor) -> Tensor:
 def _fused_config(x: Tensor, weight: Tensor, bias: Tensor, k: int) -> configs.EncodeConfig:
     """Shipped tiles, or the fastest of a few where the user asked for timing; on at most 4096 tokens."""
     L, D = weight.shape
-    family = configs.gpu_family(x.device)
+    family = gpu.gpu_family(x.device)
     if not tuning.enabled() or not x.is_cuda:
         return configs.default_encode(D, L, x.dtype, family)
     tokens = x[:4096]
@@ -204,7 +204,7 @@ def group_maxima(
         D, L, x.dtype, config, has_mask=latent_mask is not None, descriptors=operands is not None
     )
     if constexprs["PERSISTENT"]:
-        programs = min(programs, configs.multiprocessors(x.device))
+        programs = min(programs, gpu.multiprocessors(x.device))
     _encode_kernel[(programs,)](
         x_operand, weight_operand, bias, latent_mask, maxima,
         N, D, L,
@@ -228,8 +228,8 @@ def maxima_constexprs(
         "HAS_MASK": has_mask,
         "DESCRIPTORS": descriptors,
         "PERSISTENT": config.persistent and descriptors == config.descriptors,
-        "PRECISION": configs.dot_precision(dtype),
-        "INTERPRETED": configs.interpreting(),
+        "PRECISION": gpu.dot_precision(dtype),
+        "INTERPRETED": gpu.interpreting(),
     }
 
 

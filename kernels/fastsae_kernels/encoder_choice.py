@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from . import configs
+from . import configs, gpu
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ def choose_encoder(
     path = os.environ.get("FASTSAE_ENCODER", "auto") if path == "auto" else path
     if path not in ("auto", "fused", "chunked"):
         raise ValueError(f"encoder path: expected 'auto', 'fused' or 'chunked', got {path!r}")
-    family = configs.gpu_family(device)
+    family = gpu.gpu_family(device)
     config = configs.default_encode(D, L, dtype, family)
     num_groups = config.num_groups(L)
     fits = (k <= configs.MAX_FUSED_K and num_groups <= configs.MAX_GROUPS) or activation == "groupmax"
@@ -64,7 +64,7 @@ def choose_encoder(
 
 
 def choose_for_family(D: int, L: int, k: int, dtype: torch.dtype, family: str, activation: str = "topk") -> str:
-    """The cheaper of the two on GPUs of a ``family`` (``configs.gpu_family``), of those that can do the shape."""
+    """The cheaper of the two on GPUs of a ``family`` (``gpu.gpu_family``), of those that can do the shape."""
     num_groups = configs.default_encode(D, L, dtype, family).num_groups(L)
     fits = (k <= configs.MAX_FUSED_K and num_groups <= configs.MAX_GROUPS) or activation == "groupmax"
     if not fits or (dtype == torch.float32 and family not in ("gfx942", "interpreter")):

@@ -10,8 +10,10 @@ import torch
 
 from .by_latent import chunk_size
 from .center import BLOCK_D, BLOCK_N
-from .configs import CHUNK_BYTES, default_encode, gpu_family, latent_step_config, list_length
+from .configs import CHUNK_BYTES, default_encode, list_length
 from .encoder_choice import choose_for_family
+from .gpu import gpu_family
+from .sparse_configs import latent_step_config
 from .step_sizes import FLOAT, INDEX, Sizes, kept_index
 
 SORTED = 3 * FLOAT + 2 * INDEX

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import configs
+from . import configs, gpu
 from .gemm_tile import tile_scores
 from .keys import key_value, relu_key
 
@@ -103,7 +103,7 @@ def groupmax_encode(
     """The largest of each group of ``relu(x weightᵀ + bias)``, without [N, L] in memory."""
     N, D = x.shape
     L = weight.shape[0]
-    config = configs.default_groupmax(x.dtype, configs.gpu_family(x.device))
+    config = configs.default_groupmax(x.dtype, gpu.gpu_family(x.device))
     _groupmax_encode_kernel[(triton.cdiv(N, config.BLOCK_N), k)](
         x, weight, bias, latent_mask, acts, indices,
         N, D, L, L // k,
@@ -121,8 +121,8 @@ def groupmax_constexprs(D: int, k: int, dtype: torch.dtype, config: configs.Enco
         "BLOCK_D": config.BLOCK_D,
         "EVEN_D": D % config.BLOCK_D == 0,
         "HAS_MASK": has_mask,
-        "PRECISION": configs.dot_precision(dtype),
-        "INTERPRETED": configs.interpreting(),
+        "PRECISION": gpu.dot_precision(dtype),
+        "INTERPRETED": gpu.interpreting(),
     }
 
 

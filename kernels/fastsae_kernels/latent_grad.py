@@ -23,9 +23,9 @@ import triton.language as tl
 from torch import Tensor
 
 from .act_grad import act_grad
-from .by_latent import LatentIndex, by_latent
-from .configs import latent_grad_config
-from .decode import refuse_float64
+from .by_latent import LatentIndex
+from .pair_sums import add_chunks, add_pairs
+from .sparse_configs import latent_grad_config
 
 
 class LatentGrads(NamedTuple):
@@ -35,92 +35,6 @@ class LatentGrads(NamedTuple):
     dW_dec: Tensor | None  # [L, D]
     dW_enc: Tensor | None  # [L, D]
     db_enc: Tensor | None  # [L]
-
-
-@triton.jit
-def _load_rows(ptr, rows, mask_p, offs_d, mask_d, D):
-    """``[BLOCK_P, BLOCK_D]`` of a matrix that other latents will want again soon, as float32."""
-    mask = mask_p[:, None] & mask_d[None, :]
-    tile = tl.load(ptr + rows[:, None] * D + offs_d[None, :], mask=mask, other=0.0, eviction_policy="evict_last")
-    return tile.to(tl.float32)
-
-
-@triton.jit
-def add_chunks(
-    dW_dec, dW_enc, db_enc,  # [BLOCK_D], [BLOCK_D], []
-    chunk, chunk_end,
-    part_dec_ptr, part_enc_ptr, part_db_ptr,  # [C, D], [C, D], [C]; None: that side is not asked for
-    offs_d, mask_d, D: tl.constexpr,
-):  # fmt: skip
-    """The sums plus the partial rows of a hot latent's full chunks, in order."""
-    while chunk < chunk_end:
-        if part_dec_ptr is not None:
-            dW_dec += tl.load(part_dec_ptr + chunk * D + offs_d, mask=mask_d, other=0.0)
-        if part_enc_ptr is not None:
-            dW_enc += tl.load(part_enc_ptr + chunk * D + offs_d, mask=mask_d, other=0.0)
-            db_enc += tl.load(part_db_ptr + chunk)
-        chunk += 1
-    return dW_dec, dW_enc, db_enc
-
-
-@triton.jit
-def _add_some(
-    dW_dec, dW_enc, db_enc, begin, end, pairs_ptr, acts_ptr, grad_ptr, scale, x_ptr, W_row, d_acts_ptr,
-    N, offs_d, mask_d, D: tl.constexpr, K: tl.constexpr, FIRST_K: tl.constexpr, BLOCK_P: tl.constexpr,
-):  # fmt: skip
-    """`add_pairs` of the BLOCK_P pairs from ``begin``."""
-    offs_p = tl.arange(0, BLOCK_P)
-    mask_p = begin + offs_p < end
-    pair = tl.load(pairs_ptr + begin + offs_p, mask=mask_p, other=0)
-    token = pair // K
-    if grad_ptr is not None:
-        grad_row = token
-        if FIRST_K > 0:
-            grad_row += tl.where(pair % K >= FIRST_K, N.to(tl.int64), 0)
-        grad = _load_rows(grad_ptr, grad_row, mask_p, offs_d, mask_d, D)
-        act = tl.load(acts_ptr + pair, mask=mask_p, other=0.0).to(tl.float32)
-        dW_dec += tl.sum((act * scale)[:, None] * grad, axis=0)
-    if W_row is not None:
-        d_act = tl.sum(grad * W_row[None, :], axis=1) * scale
-        if d_acts_ptr is not None:
-            tl.store(d_acts_ptr + pair, d_act, mask=mask_p)
-    elif x_ptr is not None:
-        d_act = tl.load(d_acts_ptr + pair, mask=mask_p, other=0.0).to(tl.float32)
-    if x_ptr is not None:
-        x = _load_rows(x_ptr, token, mask_p, offs_d, mask_d, D)
-        dW_enc += tl.sum(d_act[:, None] * x, axis=0)
-        db_enc += tl.sum(d_act, axis=0)
-    return dW_dec, dW_enc, db_enc
-
-
-@triton.jit
-def add_pairs(
-    dW_dec, dW_enc, db_enc,  # [BLOCK_D], [BLOCK_D], []
-    begin, end, pairs_ptr,
-    acts_ptr, grad_ptr, scale, x_ptr,  # grad_ptr None: no decoder side; x_ptr None: no encoder side
-    W_row,  # [BLOCK_D]; None: d_acts are given
-    d_acts_ptr,  # [N, K]: read if W_row is None, else written; None: neither
-    N, offs_d, mask_d,
-    D: tl.constexpr, K: tl.constexpr, FIRST_K: tl.constexpr, BLOCK_P: tl.constexpr, STAGES: tl.constexpr,
-):  # fmt: skip
-    """The sums plus what the pairs ``begin ... end - 1`` of the index add, BLOCK_P at a time.
-
-    With STAGES > 0 rows are on their way to shared memory that many iterations ahead.
-    """
-    if STAGES > 0:
-        for at in tl.range(begin, end, BLOCK_P, num_stages=STAGES):
-            dW_dec, dW_enc, db_enc = _add_some(
-                dW_dec, dW_enc, db_enc, at, end, pairs_ptr, acts_ptr, grad_ptr, scale, x_ptr, W_row, d_acts_ptr,
-                N, offs_d, mask_d, D, K, FIRST_K, BLOCK_P,
-            )  # fmt: skip
-    else:
-        while begin < end:
-            dW_dec, dW_enc, db_enc = _add_some(
-                dW_dec, dW_enc, db_enc, begin, end, pairs_ptr, acts_ptr, grad_ptr, scale, x_ptr, W_row, d_acts_ptr,
-                N, offs_d, mask_d, D, K, FIRST_K, BLOCK_P,
-            )  # fmt: skip
-            begin += BLOCK_P
-    return dW_dec, dW_enc, db_enc
 
 
 @triton.jit(do_not_specialize=["N", "L", "split"])
@@ -250,66 +164,3 @@ def _new_rows(count: int, grad_out: Tensor | None, x: Tensor | None) -> tuple[Te
 
 def _contiguous(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor.contiguous()
-
-
-def decode_backward(
-    grad_out: Tensor,  # [N, D]
-    top_acts: Tensor,  # [N, K]
-    top_indices: Tensor,  # [N, K], int32 or int64
-    W_dec: Tensor,  # [L, D]
-) -> tuple[Tensor, Tensor]:
-    """Backward of :func:`.decode.decode`: d_acts [N, K] for every slot, also of zero acts, in top_acts' dtype,
-    and dW_dec [L, D] in float32. Raises ``ValueError`` for float64.
-    """
-    refuse_float64("sparse_decode", grad_out, top_acts, W_dec)
-    index = by_latent(top_indices, None, W_dec.shape[0])
-    grads = latent_grad(
-        index, (*top_acts.shape, *W_dec.shape),
-        grad_out=grad_out, top_acts=top_acts, top_indices=top_indices, W_dec=W_dec, return_d_acts=True,
-    )  # fmt: skip
-    return grads.d_acts.to(top_acts.dtype), grads.dW_dec
-
-
-def encode_backward(
-    d_acts: Tensor,  # [N, K]; 0 where ReLU was at 0
-    top_indices: Tensor,  # [N, K], int32 or int64
-    x: Tensor,  # [N, D]
-    num_latents: int,
-) -> tuple[Tensor, Tensor]:
-    """Backward of the encoder at fixed indices: dW_enc [L, D] and db_enc [L], both float32.
-
-    Raises ``ValueError`` for float64.
-    """
-    refuse_float64("topk_encode", d_acts, x)
-    index = by_latent(top_indices, d_acts, num_latents)
-    grads = latent_grad(index, (*d_acts.shape, num_latents, x.shape[1]), x=x, d_acts=d_acts)
-    return grads.dW_enc, grads.db_enc
-
-
-def coder_backward(
-    grad_out: Tensor,  # [N, D], or [2, N, D] with first_k
-    top_acts: Tensor,  # [N, K]
-    top_indices: Tensor,  # [N, K], int32 or int64
-    x: Tensor,  # [N, D], what the encoder saw
-    W_dec: Tensor,  # [L, D]
-    *,
-    return_d_acts: bool = False,
-    first_k: int | None = None,
-    grad_scale: Tensor | None = None,  # [], float32: multiplies grad_out, e.g. 2 / variance
-    index: LatentIndex | None = None,  # of these indices and acts, where the caller has it
-) -> LatentGrads:
-    """Backward of decode(encode(x)) at fixed indices in one pass: the training step.
-
-    ReLU's mask is the index: a selected latent whose activation is 0 gets no gradient through the encoder, and
-    its d_act is 0. ``first_k`` (Multi-TopK): row 0 of grad_out is for the slots below ``first_k`` (the gradients
-    of both residuals), row 1 for the rest. Raises ``ValueError`` for float64.
-    """
-    refuse_float64("coder_backward", grad_out, top_acts, x, W_dec)
-    grads = latent_grad(
-        index or by_latent(top_indices, top_acts, W_dec.shape[0]), (*top_acts.shape, *W_dec.shape),
-        grad_out=grad_out, top_acts=top_acts, top_indices=top_indices, W_dec=W_dec, x=x,
-        return_d_acts=return_d_acts, first_k=first_k, grad_scale=grad_scale,
-    )  # fmt: skip
-    if grads.d_acts is not None:  # act_grad knows no index
-        grads.d_acts.masked_fill_(top_acts == 0, 0.0)
-    return grads

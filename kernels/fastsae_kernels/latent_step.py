@@ -17,12 +17,15 @@ from torch import Tensor
 
 from . import dense_step
 from .auxk import AuxGrads
+from .backward import coder_backward
 from .center import center
-from .configs import gpu_family, latent_step_config
 from .decode import decode_residual as _decode_residual
 from .encode import encode
-from .latent_grad import LatentGrads, add_chunks, add_pairs, chunk_partials, coder_backward, latent_grad
+from .gpu import gpu_family
+from .latent_grad import LatentGrads, chunk_partials, latent_grad
+from .pair_sums import add_chunks, add_pairs
 from .row_update import CODES, fits, scalars, state_pointers, update, update_row
+from .sparse_configs import latent_step_config
 from .step_parts import Batch, Coder, RowGrads, RowStep, Sink, deliver
 
 __all__ = ["backward", "center", "decode_residual", "encode"]

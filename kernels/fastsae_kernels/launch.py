@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from . import act_grad as _act_grad
+from . import backward as _backward
 from . import decode as _decode
 from . import encode as _encode
-from . import latent_grad as _latent_grad
 from . import select as _select
 
 
@@ -29,7 +29,7 @@ def _on_its_device(primitive: Callable[..., Any]) -> Callable[..., Any]:
 
 act_grad = _on_its_device(_act_grad.act_grad)
 decode = _on_its_device(_decode.decode)
-decode_backward = _on_its_device(_latent_grad.decode_backward)
+decode_backward = _on_its_device(_backward.decode_backward)
 encode = _on_its_device(_encode.encode)
-encode_backward = _on_its_device(_latent_grad.encode_backward)
+encode_backward = _on_its_device(_backward.encode_backward)
 select = _on_its_device(_select.select)

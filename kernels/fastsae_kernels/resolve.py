@@ -5,7 +5,7 @@ Shapes: N tokens, D width, L latents, K active latents; groups of GROUP latents.
 
 Why it is exact. Let a row's group hold keys k1 >= k2 >= ... (`keys.py`) and let T cut their low bits, which keeps
 order. The words hold k1 in full and T(q2) of the second packed key q2, and T(q2) = T(k2). So the bound ``min(k1,
-T(k2) | low bits) >= k2`` covers every other member, which is all that the lemma in `select.py` asks. If T(k1) >
+T(k2) | low bits) >= k2`` covers every other member, which is all that the lemma in `row_candidates.py` asks. If T(k1) >
 T(k2), the first packed key is the maximum's, and its member is right; if T(k1) = T(k2), cut keys tie and the stored
 member may be another's, but then the bound is k1, so that a group whose maximum can matter (k1 >= t) is hidden and
 its members are looked at one by one. Cutting therefore never decides anything. Only keys below GROUP, activations
@@ -26,18 +26,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import configs
+from . import configs, gpu
 from .keys import NAN_KEY, pack_rank, relu_key
-from .select import (
-    count_candidates,
-    group_column,
-    keep_best,
-    kth_best,
-    publish,
-    row_threshold,
-    window_columns,
-    write_row,
-)
+from .row_best import keep_best, kth_best, write_row
+from .row_candidates import count_candidates, group_column, publish, row_threshold, window_columns
 
 
 @triton.jit
@@ -79,7 +71,7 @@ def _load_maxima(maxima_ptr, groups, num_groups, GROUP: tl.constexpr, STRIDE: tl
 
 @triton.jit
 def _count_row(threshold, maxima_ptr, num_groups, GROUP: tl.constexpr, STRIDE: tl.constexpr, SPAN: tl.constexpr):
-    """`select.count_candidates` of a whole row, SPAN groups at a time: bounds of all would not fit registers."""
+    """`count_candidates` of a whole row, SPAN groups at a time: bounds of all would not fit registers."""
     num_singles = tl.full((), 0, tl.int32)
     num_hidden = tl.full((), 0, tl.int32)
     span = tl.full((), 0, tl.int32)
@@ -97,7 +89,7 @@ def _publish_row(
     begin, threshold, num_singles, maxima_ptr, num_groups, list_ptr,
     GROUP: tl.constexpr, STRIDE: tl.constexpr, SPAN: tl.constexpr, WINDOW: tl.constexpr,
 ):  # fmt: skip
-    """`select.publish` of a whole row, SPAN groups at a time from cache: addresses of all would not fit registers."""
+    """`publish` of a whole row, SPAN groups at a time from cache: addresses of all would not fit registers."""
     singles_before = tl.full((), 0, tl.int32)
     hidden_before = tl.full((), 0, tl.int32)
     span = tl.full((), 0, tl.int32)
@@ -171,7 +163,7 @@ def resolve(
     """The top k of every token from :func:`group_maxima`'s words."""
     (N, D), L = x.shape, weight.shape[0]
     num_groups = config.num_groups(L)
-    rows = configs.resolve_config(num_groups, k, config.GROUP, configs.gpu_family(x.device))
+    rows = configs.resolve_config(num_groups, k, config.GROUP, gpu.gpu_family(x.device))
     lists = torch.empty((N, configs.list_length(k, config.GROUP)), dtype=torch.int64, device=x.device)
     _resolve_kernel[(N,)](
         x, weight, bias, latent_mask, maxima, lists, acts, indices,
@@ -196,5 +188,5 @@ def resolve_constexprs(
         "GROUP": config.GROUP,
         "STRIDE": config.STRIDE,
         "HAS_MASK": has_mask,
-        "INTERPRETED": configs.interpreting(),
+        "INTERPRETED": gpu.interpreting(),
     }

@@ -17,8 +17,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .configs import gpu_family, update_warps
+from .gpu import gpu_family
 from .rules import QUANT_BLOCK, Adam, Rows, Rule, Signum
+from .sparse_configs import update_warps
 
 MAX_WIDTH = 8192
 """Wider rows do not fit into registers: :mod:`.update` takes them block by block in plain torch."""

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from . import reference
-from .autograd import backend, keep_selection, selection_grads
+from .autograd import keep_selection, selection_grads
 from .batch_topk import Block, Encode, above_threshold, batch_topk, rectangle
+from .operators import backend
 from .reference import EncoderOutput
 
 
