@@ -14,10 +14,9 @@ import torch
 from aot import Case
 from aot_sparse_cases import act_grad_cases, decode_cases, latent_grad_cases
 from aot_step_cases import center_cases, latent_step_cases, row_update_cases
-from fastsae_kernels import configs, groupmax
+from fastsae_kernels import configs, fused_product, groupmax
 
 select_module = importlib.import_module("fastsae_kernels.select")
-encode_module = importlib.import_module("fastsae_kernels.encode")
 resolve_module = importlib.import_module("fastsae_kernels.resolve")
 
 NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
@@ -37,11 +36,11 @@ def encode_cases(target: str) -> list[Case]:
             weight = f"tensordesc<{NAMES[dtype]}[{config.BLOCK_L}, {config.BLOCK_D}]>"
         return Case(
             name=f"encode {name} {NAMES[dtype]}",
-            kernel=encode_module._encode_kernel,
+            kernel=fused_product._encode_kernel,
             types={"x_ptr": x, "weight_ptr": weight, "bias_ptr": "*fp32", "maxima_ptr": "*i32"}
             | {"N": "i32", "D": "i32", "L": "i32"},
             constexprs={"mask_ptr": None}
-            | encode_module.maxima_constexprs(D, L, dtype, config, has_mask=False, descriptors=config.descriptors),
+            | fused_product.maxima_constexprs(D, L, dtype, config, has_mask=False, descriptors=config.descriptors),
             options={"num_warps": config.num_warps, "num_stages": config.num_stages},
             unaligned=frozenset({"N"}),
         )

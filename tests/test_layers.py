@@ -11,7 +11,7 @@ FLOORS = {
         "gpu keys ranks tuning reference cpu_sampled cpu_bound gemm_tile by_latent rules step_sizes pair_sums",
         "configs sparse_configs cpu_select cpu_candidates split row_best row_candidates",
         "auxk batch_topk center",
-        "encoder_choice groupmax decode cpu_screen step_parts",
+        "encoder_choice fused_product groupmax decode cpu_screen step_parts",
         "select act_grad cpu reference_step dense_step prefixes",
         "resolve latent_grad cpu_step row_update",
         "encode backward cpu_memory gpu_memory",
