@@ -12,8 +12,9 @@ import torch
 
 from fastsae import ops
 from fastsae.bench.cases import contestants
+from fastsae.bench.problem import Problem, make_problem
 from fastsae.bench.shapes import OPS, Shape, parse_shapes
-from fastsae.bench.truth import Problem, judge, make_problem
+from fastsae.bench.truth import judge
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 DTYPE = torch.bfloat16 if DEVICE.type == "cuda" else torch.float32

@@ -16,7 +16,7 @@ from table import write_between
 
 from fastsae import SaeConfig, TrainConfig
 from fastsae.coders import coder_specs
-from fastsae.hooks import Hookpoint
+from fastsae.hookpoints import Hookpoint
 from fastsae.planning.kept import Kept
 from fastsae.planning.layout import layout
 from fastsae.planning.memory import Situation

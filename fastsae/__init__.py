@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from .eval.config import EvalConfig
     from .eval.evaluate import evaluate
     from .eval.result import Evaluation
-    from .hooks import resolve_hookpoints
+    from .hookpoints import resolve_hookpoints
     from .model import load_language_model, load_model, load_tokenizer
     from .planning.config import PlanConfig
     from .planning.make import plan
@@ -57,7 +57,7 @@ _HOME = {
     "load_tokenizer": "model",
     "load_tokens": "data",
     "plan": "planning.make",
-    "resolve_hookpoints": "hooks",
+    "resolve_hookpoints": "hookpoints",
     "strongest_latents": "encode",
     "tokenize": "tokens",
     "training_data": "activation_cache.training",

@@ -17,7 +17,8 @@ from transformers import PreTrainedModel
 
 from .batches import ModelBatch, counted, prepare
 from .errors import ArtifactError, FastsaeError, HookpointError, OutOfMemoryError, is_out_of_memory
-from .hooks import Hookpoint, run_hooked, run_replaced
+from .hookpoints import Hookpoint
+from .hooks import run_hooked, run_replaced
 from .placement import entry_device
 from .shards import find_slices, is_lost_peer, join, lost_peer, processes
 

@@ -1,40 +1,32 @@
-"""Coders on disk and on the hub, in sparsify's format: a folder with ``cfg.json`` and ``sae.safetensors``.
+"""A coder on disk, in sparsify's format: a folder with ``cfg.json`` and ``sae.safetensors``.
 
 This room knows configs and tensors; :class:`fastsae.FastSae` makes modules of them.
 """
 
 from __future__ import annotations
 
-import difflib
 import json
 import os
 import shutil
 from collections.abc import Callable
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
-from natsort import natsorted
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from .coder_config import SaeConfig
+from .coder_folders import CONFIG_FILE
 from .errors import ArtifactError, CheckpointError, ConfigError
-from .integrity import check_finite, check_name, sha256, write_beside
+from .integrity import check_finite, sha256, write_beside
 from .integrity import write_json as write_json
 
-CONFIG_FILE = "cfg.json"
 WEIGHTS_FILE = "sae.safetensors"
 
 HASH = "sha256"
 """The note that holds the weights file's hash."""
-
-NOT_CODERS = {"best", "steps", "state"}
-"""Folders of a run that hold other things than its coders."""
 
 ROWS = {"encoder.weight", "encoder.bias", "W_dec"}
 """Tensors with a row per latent."""
@@ -123,47 +115,6 @@ def _write_both(folder: Path, write: Callable[[Path], Any], config_of: Callable[
         raise
     os.replace(weights, folder / WEIGHTS_FILE)
     os.replace(config, folder / CONFIG_FILE)
-
-
-def find_coders(root: Path | str, *, pattern: str | None = None) -> dict[str, Path]:
-    """The coders below ``root`` by name (``h.0.mlp.act``, ``h.0/seed1``, ``h.0/k32/seed1``), in natural order.
-
-    Folders without a ``cfg.json``, and the copies under ``best/`` and ``steps/``, are not coders. ``pattern`` is a
-    wildcard on the whole name or on its hookpoint.
-    """
-    root = Path(root)
-    found = {}
-    for config in [path for depth in ("*", "*/*", "*/*/*") for path in root.glob(f"{depth}/{CONFIG_FILE}")]:
-        name = config.parent.relative_to(root).as_posix()
-        hookpoint = name.partition("/")[0]
-        if hookpoint not in NOT_CODERS and (
-            pattern is None or fnmatchcase(name, pattern) or fnmatchcase(hookpoint, pattern)
-        ):
-            found[name] = config.parent
-    return {name: found[name] for name in natsorted(found)}
-
-
-def named_coder(root: Path, name: str) -> Path:
-    """The folder of the coder called ``name``; the error lists those that exist."""
-    check_name(name)
-    if (root / name / CONFIG_FILE).is_file():
-        return root / name
-    names = list(find_coders(root))
-    close = difflib.get_close_matches(name, names, n=3)
-    listed = ", ".join(close or names[:8]) or "none"
-    raise CheckpointError(f"no coder {name!r} in {root}; {'did you mean' if close else 'it holds'}: {listed}")
-
-
-def download(repo: str, allow_patterns: str | None = None) -> Path:
-    """A hub repository's snapshot (or the part that matches), as a folder of the local cache."""
-    try:
-        return Path(snapshot_download(repo, allow_patterns=allow_patterns))
-    except (RepositoryNotFoundError, LocalEntryNotFoundError, HFValidationError, HfHubHTTPError) as error:
-        first_line = str(error).strip().splitlines()[0]
-        raise CheckpointError(
-            f"expected a Hugging Face hub repository, got {repo!r}: {first_line} "
-            "Check the name and the network; for a folder on disk use load_from_disk or load_many(..., local=True)"
-        ) from None
 
 
 def _read_config(path: Path) -> dict[str, Any]:

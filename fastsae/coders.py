@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from .coder_config import SaeConfig
 from .config import TrainConfig
 from .errors import ConfigError, HookpointError
-from .hooks import Hookpoint, layer_hookpoints, resolve_hookpoints
+from .hookpoints import Hookpoint, layer_hookpoints, resolve_hookpoints
 from .overrides import coder_name, parse_override, resolve_variants
 from .sae import FastSae
 from .shards import probe_whole

@@ -13,10 +13,11 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from .devices import resolve_device
 from .encode_config import EncodeConfig
 from .errors import ArtifactError
 from .hooks import run_hooked
-from .model import load_model, load_tokenizer, resolve_device
+from .model import load_model, load_tokenizer
 from .options import build
 from .placement import entry_device
 from .run_config import RunConfig

@@ -5,18 +5,15 @@ Shapes: N tokens, D width, L latents, K active latents.
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .activations import Use
-from .error_sums import ErrorSums
+from .deferred import DeadLatents, Stopwatch
 from .errors import NonFiniteError
 from .joint import StepLosses
-from .sae import FastSae, ForwardOutput
+from .sae import FastSae
 
 
 class TrainingMetrics:
@@ -136,91 +133,3 @@ class TrainingMetrics:
                 f"{self.name}, step {step}: expected finite weights, got NaN or inf; nothing was saved since. "
                 "Lower --lr"
             )
-
-
-class DeadLatents:
-    """Which latents are dead, without stopping the GPU: their number travels to the host while it works on."""
-
-    def __init__(self, mask: Tensor, over_slices: Callable[[Tensor], Tensor]):  # bool [L]
-        self._mask = mask
-        self._counts = torch.stack([mask.sum(), over_slices(mask.sum())])  # here, and of the whole coder
-        self._arrived: torch.cuda.Event | None = None
-        self._ids: Tensor | None = None
-        if mask.is_cuda:
-            self._counts = torch.empty(2, dtype=torch.int64, pin_memory=True).copy_(self._counts, non_blocking=True)
-            self._arrived = torch.cuda.Event()
-            self._arrived.record()
-
-    def count(self) -> int:
-        """How many of the whole coder's latents are dead."""
-        if self._arrived is not None:
-            self._arrived.synchronize()  # recorded a step ago: the GPU is past it, or the host is a step ahead
-            self._arrived = None
-        return int(self._counts[1])
-
-    def ids(self) -> Tensor | None:  # [R] int64, ascending
-        """The dead latents, of a slice those in it; None where the whole coder has none."""
-        if self._ids is None and self.count():
-            self._ids = torch.nonzero_static(self._mask, size=int(self._counts[0]))[:, 0]
-        return self._ids
-
-
-class Stopwatch:
-    """Seconds spent in a ``with`` block, summed; on a GPU by events, so that nothing waits until it is read."""
-
-    def __init__(self, device: torch.device, seconds: float = 0.0):
-        self._cuda = device.type == "cuda"
-        self._seconds = seconds
-        self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
-
-    def __enter__(self) -> None:
-        if self._cuda:
-            self._events.append((torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)))
-            self._events[-1][0].record()
-        else:
-            self._start = time.perf_counter()
-
-    def __exit__(self, *_error: object) -> None:
-        if self._cuda:
-            self._events[-1][1].record()
-        else:
-            self._seconds += time.perf_counter() - self._start
-
-    def read(self) -> float:
-        for start, end in self._events:
-            end.synchronize()
-            self._seconds += start.elapsed_time(end) / 1e3
-        self._events.clear()
-        return self._seconds
-
-
-@torch.no_grad()
-def held_out_metrics(
-    coders: dict[str, FastSae], batches: Iterable[dict[str, Tensor]], run: Callable[[dict[str, Tensor], Use], None],
-    all_sum: Callable[[Tensor], Tensor] | None = None,
-) -> dict[str, dict[str, float]]:  # fmt: skip
-    """FVU and L0 of every coder, with the weights it has now, over ``batches``.
-
-    ``run`` brings a batch's activations to the coders; ``all_sum`` adds up what ranks measured that hold other batches.
-    """
-    centres = {name: None if all_sum is None else coder.b_dec.double() for name, coder in coders.items()}
-    measured = {name: ErrorSums(centre) for name, centre in centres.items()}
-
-    def measure(hookpoint: str, x: Tensor, y: Tensor) -> None:
-        for name, coder in coders.items():
-            if name.partition("/")[0] == hookpoint and len(y):
-                measured[name].add(y[None], _as_one_sequence(coder(x, y)))
-
-    for rows in batches:
-        run(rows, measure)
-    if all_sum is not None:
-        for sums in measured.values():
-            sums.add_ranks(all_sum)
-    return {name: sums.totals() for name, sums in measured.items()}
-
-
-def _as_one_sequence(out: ForwardOutput) -> ForwardOutput:
-    """Tokens [N, ...] -> [1, N, ...]."""
-    return out._replace(
-        sae_out=out.sae_out[None], latent_acts=out.latent_acts[None], latent_indices=out.latent_indices[None]
-    )

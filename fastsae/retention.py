@@ -14,7 +14,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from .checkpoint import find_coders, read_coder
+from .checkpoint import read_coder
+from .coder_folders import find_coders
 from .errors import CheckpointError
 from .integrity import check_name, write_json
 

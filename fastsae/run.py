@@ -18,9 +18,10 @@ from .activation_cache.training import training_data
 from .coder_config import SaeConfig
 from .config import TrainConfig
 from .data import load_tokens
+from .devices import resolve_device, resolve_dtype
 from .distributed.world import World, joined, local_device
 from .errors import ConfigError
-from .model import load_language_model, load_model, load_tokenizer, resolve_device, resolve_dtype
+from .model import load_language_model, load_model, load_tokenizer
 from .ops import resolve
 from .options import build
 from .overrides import parse_override

@@ -5,15 +5,14 @@ Shapes: ``...`` any leading dimensions, D width (``d_in``), E output width (``d_
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
-from natsort import natsorted
 from torch import Tensor, nn
 
-from . import checkpoint, loss, ops
+from . import loss, ops
 from .coder_config import SaeConfig
+from .coder_files import CoderFiles
 from .errors import CheckpointError, ConfigError
 from .ops import EncoderOutput, Peers
 
@@ -40,7 +39,7 @@ class ForwardOutput(NamedTuple):
     """FVU with 4k latents, a scalar; 0 unless ``cfg.multi_topk``."""
 
 
-class FastSae(nn.Module):
+class FastSae(CoderFiles):
     """``decode(TopK(ReLU((x - b_dec) W_encᵀ + b_enc)))`` (Gao et al. 2024, arXiv 2406.04093).
 
     Parameters: ``encoder.weight [L, D]``, ``encoder.bias [L]``, ``W_dec [L, E]``, ``b_dec [E]``, and with a
@@ -72,8 +71,7 @@ class FastSae(nn.Module):
         self.cfg, self.d_in, self.num_latents = cfg, d_in, cfg.latents_for(d_in)
         self.d_out = cfg.output_width(d_in, d_out)
         self.implementation = implementation
-        self.notes: dict[str, Any] = {}
-        """What fastsae stores about a coder's origin, under the key ``fastsae`` of cfg.json."""
+        self.notes = {}
 
         self.encoder = nn.Linear(d_in, self.num_latents, device=device, dtype=dtype)
         self.encoder.bias.data.zero_()
@@ -239,67 +237,3 @@ class FastSae(nn.Module):
         grad = self.W_dec.grad
         if grad is not None:
             grad.addcmul_((grad * self.W_dec).sum(1, keepdim=True), self.W_dec, value=-1)
-
-    def save_to_disk(self, path: Path | str) -> None:
-        """Write ``cfg.json`` and ``sae.safetensors`` into the folder ``path``; sparsify reads them too."""
-        checkpoint.write_coder(path, self.cfg, (self.d_in, self.d_out), dict(self.state_dict()), self.notes)
-
-    @staticmethod
-    def load_from_disk(
-        path: Path | str,
-        device: str | torch.device = "cpu",
-        *,
-        decoder: bool = True,
-        dtype: torch.dtype | None = None,
-    ) -> FastSae:
-        """The coder saved in the folder ``path``; its tensors keep the file's dtypes unless ``dtype`` is given."""
-        cfg, (d_in, d_out), tensors, notes = checkpoint.read_coder(path)
-        if decoder and "W_dec" not in tensors:
-            raise CheckpointError(f"{path}: expected W_dec, got a file without a decoder; pass decoder=False")
-        with torch.device("meta"):
-            sae = FastSae(d_in, cfg, device="meta", d_out=d_out, decoder=decoder)
-        if not decoder:
-            tensors.pop("W_dec", None)
-        sae.load_state_dict({name: t.to(device=device, dtype=dtype) for name, t in tensors.items()}, assign=True)
-        sae.notes = notes
-        return sae.requires_grad_(True)
-
-    @staticmethod
-    def load_from_hub(
-        name: str,
-        hookpoint: str | None = None,
-        device: str | torch.device = "cpu",
-        *,
-        decoder: bool = True,
-    ) -> FastSae:
-        """One coder of a hub repository: at ``hookpoint``, or the only one at the repository's root."""
-        root = checkpoint.download(name, None if hookpoint is None else f"{hookpoint}/*")
-        folder = root
-        if hookpoint is not None:
-            if not (root / hookpoint / checkpoint.CONFIG_FILE).is_file():
-                root = checkpoint.download(name, f"*{checkpoint.CONFIG_FILE}")  # to list the ones that exist
-            folder = checkpoint.named_coder(root, hookpoint)
-        return FastSae.load_from_disk(folder, device, decoder=decoder)
-
-    @staticmethod
-    def load_many(
-        name: Path | str,
-        local: bool = False,
-        layers: list[str] | None = None,
-        device: str | torch.device = "cpu",
-        *,
-        decoder: bool = True,
-        pattern: str | None = None,
-    ) -> dict[str, FastSae]:
-        """Every coder of a run's folder (``local``) or hub repository by hookpoint, in natural order.
-
-        ``layers`` names the ones wanted, ``pattern`` is a wildcard on their names.
-        """
-        root = Path(name) if local else checkpoint.download(str(name), pattern and f"{pattern}/*")
-        folders = checkpoint.find_coders(root, pattern=pattern)
-        if layers is not None:
-            folders = {layer: checkpoint.named_coder(root, layer) for layer in natsorted(layers)}
-        if not folders:
-            which = f" matching {pattern!r}" if pattern else ""
-            raise CheckpointError(f"expected coders{which} in {root}, found none; names look like 'h.0.mlp.act'")
-        return {key: FastSae.load_from_disk(folder, device, decoder=decoder) for key, folder in folders.items()}

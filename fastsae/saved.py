@@ -10,11 +10,12 @@ from typing import Any
 
 from torch import Tensor
 
-from .checkpoint import CONFIG_FILE, WEIGHTS_FILE, download, find_coders
+from .checkpoint import WEIGHTS_FILE
+from .coder_folders import CONFIG_FILE, download, find_coders
 from .compat import convert
 from .compat.formats.sparsify import to_fastsae
 from .errors import ArtifactError, CheckpointError, HookpointError
-from .hooks import probe, resolve_hookpoints
+from .hookpoints import probe, resolve_hookpoints
 from .origin import Origin, misfits
 from .sae import FastSae
 

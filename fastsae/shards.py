@@ -20,7 +20,8 @@ from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
 from .errors import ConfigError, HookpointError, LostRankError
-from .hooks import Hookpoint, probe, run_hooked
+from .hookpoints import Hookpoint, probe
+from .hooks import run_hooked
 from .placement import entry_device
 
 TOKENS = 3
@@ -40,7 +41,7 @@ def processes(model: Any) -> int:
 
 
 def probe_whole(model: Any, names: Sequence[str]) -> dict[str, Hookpoint]:
-    """As :func:`fastsae.hooks.probe`, with the widths of the undivided model."""
+    """As :func:`fastsae.hookpoints.probe`, with the widths of the undivided model."""
     if processes(model) == 1:
         return probe(model, names)
     with _undivided(model) as twin:

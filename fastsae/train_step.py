@@ -26,7 +26,8 @@ from .distributed.strategies import make_strategy
 from .distributed.world import World, current
 from .end_to_end import EndToEnd
 from .errors import ArtifactError, ConfigError
-from .metrics import TrainingMetrics, held_out_metrics
+from .held_out import held_out_metrics
+from .metrics import TrainingMetrics
 from .micro_batches import MicroBatches
 from .optim import active_latents, apply_gradients, learning_rates, make_optimizer, make_schedule
 from .placement import check_one_process, is_spread

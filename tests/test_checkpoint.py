@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from fastsae import FastSae, SaeConfig, TranscoderConfig
-from fastsae.checkpoint import find_coders
+from fastsae.coder_folders import find_coders
 from fastsae.errors import ArtifactError, CheckpointError
 
 
@@ -83,7 +83,7 @@ def test_from_the_hub(tmp_path, coder, monkeypatch):
     """The hub's snapshot is a folder; only the download is replaced."""
     for name in ("layers.3", "layers.10"):
         coder.save_to_disk(tmp_path / name)
-    monkeypatch.setattr("fastsae.checkpoint.snapshot_download", lambda repo, allow_patterns=None: str(tmp_path))
+    monkeypatch.setattr("fastsae.coder_folders.snapshot_download", lambda repo, allow_patterns=None: str(tmp_path))
     assert torch.equal(FastSae.load_from_hub("org/repo", "layers.3").b_dec, coder.b_dec)
     assert list(FastSae.load_many("org/repo")) == ["layers.3", "layers.10"]
     with pytest.raises(CheckpointError, match="no coder 'layers.30'.*did you mean: layers.3"):
@@ -223,7 +223,7 @@ def test_a_full_disk_keeps_what_was_saved(tmp_path, coder):
 def test_names_that_lead_out_of_the_folder(tmp_path, coder, monkeypatch, name):
     coder.save_to_disk(tmp_path / "secret")
     coder.save_to_disk(tmp_path / "run/h.0")
-    monkeypatch.setattr("fastsae.checkpoint.snapshot_download", lambda *_, **__: str(tmp_path / "run"))
+    monkeypatch.setattr("fastsae.coder_folders.snapshot_download", lambda *_, **__: str(tmp_path / "run"))
     for load in (
         lambda: FastSae.load_many(tmp_path / "run", local=True, layers=[name]),
         lambda: FastSae.load_many("org/repo", layers=[name]),

@@ -6,7 +6,8 @@ from models import make_model
 from torch import nn
 
 from fastsae.errors import ArtifactError, HookpointError
-from fastsae.hooks import layer_hookpoints, probe, resolve_hookpoints, run_hooked
+from fastsae.hookpoints import layer_hookpoints, probe, resolve_hookpoints
+from fastsae.hooks import run_hooked
 
 IDS = torch.tensor([[5, 6, 7, 8], [9, 10, 11, 12]])
 

@@ -23,19 +23,20 @@ FLOORS = {
         "testing",
     ],
     "fastsae": [
-        "errors interrupt version demo token_text",
+        "errors interrupt version demo token_text deferred",
         "fields finetune hub integrity memmap ops origin placement rows tensor_parallel token_shuffle",
-        "coder_config encode_config",
+        "coder_config encode_config coder_folders",
         "config_checks",
-        "config run_config stream training_state",
-        "tokens options run_lock",
-        "loss checkpoint overrides resume run_file run_folder tracking progress sources batches model_loss",
-        "sae hooks data model retention",
+        "config run_config stream state_files",
+        "tokens options training_state devices",
+        "loss checkpoint overrides resume run_lock run_file run_folder tracking progress sources batches model_loss",
+        "coder_files hooks data model retention",
+        "sae hookpoints",
         "shards",
         "activations coders row_optimizer compat saving error_sums",
         "joint muon",
         "optim",
-        "metrics saved model_card",
+        "metrics saved model_card held_out",
         "micro_batches pretrained trainer_state distributed",
         "end_to_end",
         "train_step",
@@ -46,7 +47,7 @@ FLOORS = {
         "cli __init__",
         "__main__",
     ],
-    "bench": ["__init__", "shapes timing", "truth", "cases report", "run"],
+    "bench": ["__init__", "shapes timing exact", "problem", "truth", "cases report", "run"],
     "compat": [
         "__init__ hook_names files sparsify_flags",
         "coder",
@@ -122,17 +123,9 @@ KERNELS_MAY_IMPORT = {
 }
 MAY_IMPORT_KERNELS = {"ops.py", "row_optimizer.py", "bench/cases.py", "planning/work.py"}
 MAY_IMPORT_HUGGING_FACE = {
-    *("hooks.py", "run.py", "model.py", "trainer.py", "train_step.py", "coders.py", "cli/app.py", "demo/build.py"),
-    *(
-        "activations.py",
-        "data.py",
-        "sources.py",
-        "stream.py",
-        "tensor_parallel.py",
-        "tokens.py",
-        "eval/evaluate.py",
-        "eval/tokens.py",
-    ),
+    *("activations.py", "coders.py", "data.py", "devices.py", "hookpoints.py", "hooks.py", "model.py", "run.py"),
+    *("sources.py", "stream.py", "tensor_parallel.py", "tokens.py", "train_step.py", "trainer.py"),
+    *("cli/app.py", "demo/build.py", "eval/evaluate.py", "eval/tokens.py"),
     *("compat/sparsify/data.py", "compat/sparsify/trainer.py"),
 }
 PEERS = {

@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from fastsae import FastSae, SaeConfig, TrainConfig
+from fastsae.deferred import Stopwatch
 from fastsae.errors import NonFiniteError
 from fastsae.joint import StepLosses, joint_step
-from fastsae.metrics import Stopwatch, TrainingMetrics
+from fastsae.metrics import TrainingMetrics
 
 
 @pytest.fixture

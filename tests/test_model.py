@@ -9,7 +9,7 @@ from transformers import T5Config, T5EncoderModel, T5ForConditionalGeneration
 
 from fastsae import RunConfig, load_model, load_tokenizer
 from fastsae.errors import ArtifactError, ConfigError
-from fastsae.hooks import layer_hookpoints, probe
+from fastsae.hookpoints import layer_hookpoints, probe
 
 
 def t5(model_class):
@@ -44,10 +44,10 @@ def test_8_bits_need_a_gpu():
 
 
 def test_8_bits_need_bitsandbytes(monkeypatch):
-    from fastsae import model
+    from fastsae import devices
 
-    monkeypatch.setattr(model, "resolve_device", lambda _: torch.device("cuda"))
-    monkeypatch.setattr(model, "resolve_dtype", lambda *_: torch.float16)
+    monkeypatch.setattr(devices, "resolve_device", lambda _: torch.device("cuda"))
+    monkeypatch.setattr(devices, "resolve_dtype", lambda *_: torch.float16)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "bitsandbytes" else object())
     with pytest.raises(ConfigError, match=r"expected the package 'bitsandbytes'.*pip install 'fastsae\[8bit\]'"):
         load_model("demo", RunConfig(load_in_8bit=True))

@@ -16,7 +16,7 @@ import torch
 from datasets import Dataset
 from models import make_model, token_rows
 
-from fastsae import FastSae, SaeConfig, TrainConfig, Trainer, training_state
+from fastsae import FastSae, SaeConfig, TrainConfig, Trainer, state_files
 from fastsae.errors import ArtifactError, CheckpointError, ConfigError
 from fastsae.interrupt import Interrupted
 from fastsae.memmap import MemmapTokens
@@ -162,7 +162,7 @@ def test_a_damaged_state_is_refused_by_name_and_the_one_before_is_used(tmp_path,
 
 
 def test_large_states_are_written_in_parts(tmp_path, uninterrupted, monkeypatch):
-    monkeypatch.setattr(training_state, "SHARD_BYTES", 10_000)
+    monkeypatch.setattr(state_files, "SHARD_BYTES", 10_000)
     run = stopped(make_trainer(tmp_path), 5)
     sizes = [path.stat().st_size for path in (run / "state/step-5").glob("tensors-*.safetensors")]
     assert len(sizes) > 5

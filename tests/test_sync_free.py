@@ -21,8 +21,8 @@ ON_THE_HOST = {  # module and function that read tensors which are on the host a
     ("fastsae.row_optimizer", "update"),  # the step's number
     ("fastsae.row_optimizer", "row_step"),
     ("fastsae.optim", "learning_rates"),
-    ("fastsae.metrics", "count"),  # of dead latents, which travelled while the device worked
-    ("fastsae.metrics", "ids"),
+    ("fastsae.deferred", "count"),  # of dead latents, which travelled while the device worked
+    ("fastsae.deferred", "ids"),
 }
 SAE = SaeConfig(num_latents=24, k=2)
 

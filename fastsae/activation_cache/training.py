@@ -17,9 +17,9 @@ from torch import Tensor
 from ..activations import ActivationSource, Use
 from ..coders import check_transcoder
 from ..config import TrainConfig
+from ..devices import resolve_device
 from ..errors import ConfigError, HookpointError
-from ..hooks import Hookpoint, match_names
-from ..model import resolve_device
+from ..hookpoints import Hookpoint, match_names
 from ..rows import IndexedRows, Row
 from .order import TokenOrder
 from .read import CachedActivations

@@ -13,7 +13,7 @@ import torch
 from fastsae_kernels import operators, reference, sparse_decode, topk_encode
 from torch import Tensor
 
-from .truth import Problem
+from .problem import Problem
 
 Run = Callable[[], tuple[Tensor, ...]]
 

@@ -19,10 +19,11 @@ from rich.console import Console
 from .. import ops
 from ..errors import ArtifactError, ConfigError
 from .cases import chosen_encoder, contestants
+from .problem import Problem, make_problem
 from .report import Row, device_name, environment, legend, remarks, row_record, shape_table, to_json, write_json
 from .shapes import OPS, BenchConfig
 from .timing import FULL, QUICK, Clock, Effort, clock_for, measure_peaks, time_rounds
-from .truth import Problem, Verdict, judge, make_problem, tolerance
+from .truth import Verdict, judge, tolerance
 
 SEED = 0
 

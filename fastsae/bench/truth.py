@@ -1,6 +1,6 @@
 """The float64 truth that every contestant of ``fastsae bench`` must agree with before it is timed.
 
-Shapes: N tokens, D width, L latents, K active latents, n tokens of a chunk.
+Shapes: N tokens, D width, L latents, K active latents.
 
 A selection is judged by its regret, what its activations miss of the best possible sum, because equally good
 implementations order near-ties differently. Values and gradients are judged at the contestant's own indices.
@@ -11,71 +11,14 @@ floor that :func:`limits` explains.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from .shapes import Shape
-
-CHUNK = 2**24  # float64 numbers at a time: 128 MiB
-
-
-@dataclass(frozen=True)
-class Problem:
-    """A coder, a batch for it, and the gradients that arrive from above."""
-
-    x: Tensor  # [N, D]
-    weight: Tensor  # [L, D]
-    bias: Tensor  # [L]
-    W_dec: Tensor  # [L, D], unit rows
-    b_dec: Tensor  # [D]
-    grad_out: Tensor  # [N, D], of the decoder's output
-    grad_acts: Tensor  # [N, K], of the encoder's activations
-    k: int
-
-    @cached_property
-    def centered(self) -> Tensor:
-        """``x - b_dec``, rounded to x's dtype, [N, D]."""
-        return (self.x.float() - self.b_dec.float()).to(self.x.dtype)
-
-    @cached_property
-    def best(self) -> tuple[Tensor, Tensor]:
-        """The k largest activations of every token in float64, and their indices, [N, K] each."""
-        weight, bias = self.weight.double().t(), self.bias.double()
-        parts = [
-            torch.addmm(bias, self.centered[part].double(), weight).relu_().topk(self.k)
-            for part in _chunks(len(self.x), len(self.weight))
-        ]
-        return torch.cat([part.values for part in parts]), torch.cat([part.indices for part in parts])
-
-    @cached_property
-    def acts(self) -> Tensor:
-        """The best activations rounded to x's dtype, [N, K]: what decoders are given."""
-        return self.best[0].to(self.x.dtype)
-
-
-def make_problem(shape: Shape, dtype: torch.dtype, device: torch.device, seed: int = 0) -> Problem:
-    """Gaussian tokens with a few strong directions, so that latents fire unevenly as in a trained coder."""
-    N, D, L = shape.N, shape.D, shape.L
-    gen = torch.Generator(device).manual_seed(seed)
-
-    def gaussian(*size: int) -> Tensor:
-        return torch.randn(*size, generator=gen, device=device)
-
-    W_dec = torch.nn.functional.normalize(gaussian(L, D), dim=1)
-    b_dec, bias = gaussian(D), 0.1 * gaussian(L)
-    popular = (torch.rand(N, 4, generator=gen, device=device) ** 3 * L).long().clamp_(max=L - 1)
-    x = W_dec[popular].sum(1) * 2 + gaussian(N, D) + b_dec
-    weight = gaussian(L, D).mul_(0.1 / D**0.5).add_(W_dec)
-    tensors = (x, weight, bias, W_dec, b_dec, gaussian(N, D), gaussian(N, shape.k))
-    return Problem(*(t.to(dtype) for t in tensors), k=shape.k)
-
-
-# ---- judgement ---------------------------------------------------------------------------------------
+from . import exact
+from .problem import Problem
 
 
 class Verdict(NamedTuple):
@@ -153,45 +96,45 @@ def _rounding(op: str, p: Problem, pair: float | tuple[Tensor, ...]) -> float:
 
 
 def _judge_encode(p, acts, indices):
-    want = _activations(p, indices)
+    want = p.activations(indices)
     return {"regret": _regret(p, want), "top_acts": (acts, want)}
 
 
 def _judge_topk(p, indices):
-    return {"regret": _regret(p, _activations(p, indices))}
+    return {"regret": _regret(p, p.activations(indices))}
 
 
 def _judge_decode(p, out):
-    return {"out": (out, _weighted_sum(p.acts, p.best[1], p.W_dec))}
+    return {"out": (out, exact.weighted_sum(p.acts, p.best[1], p.W_dec))}
 
 
 def _judge_decode_backward(p, d_acts, dW_dec):
     indices = p.best[1]
     return {
-        "d_acts": (d_acts, _dots(p.grad_out, p.W_dec, indices)),
-        "dW_dec": (dW_dec, _by_latent(p.acts, indices, p.grad_out, len(p.W_dec))),
+        "d_acts": (d_acts, exact.dots(p.grad_out, p.W_dec, indices)),
+        "dW_dec": (dW_dec, exact.by_latent(p.acts, indices, p.grad_out, len(p.W_dec))),
     }
 
 
 def _judge_encode_backward(p, acts, indices, dW_enc, db_enc):
     d_acts = p.grad_acts.double().masked_fill(acts <= 0, 0.0)
     return {
-        "dW_enc": (dW_enc, _by_latent(d_acts, indices, p.centered, len(p.weight))),
-        "db_enc": (db_enc, _count(d_acts, indices, len(p.weight))),
+        "dW_enc": (dW_enc, exact.by_latent(d_acts, indices, p.centered, len(p.weight))),
+        "db_enc": (db_enc, exact.count(d_acts, indices, len(p.weight))),
     }
 
 
 def _judge_forward_backward(p, acts, indices, out, dW_enc, db_enc, dW_dec, db_dec):
-    want = _activations(p, indices)
-    d_acts = _dots(p.grad_out, p.W_dec, indices).masked_fill(acts <= 0, 0.0)
-    want_db = _count(d_acts, indices, len(p.weight))
+    want = p.activations(indices)
+    d_acts = exact.dots(p.grad_out, p.W_dec, indices).masked_fill(acts <= 0, 0.0)
+    want_db = exact.count(d_acts, indices, len(p.weight))
     return {
         "regret": _regret(p, want),
         "top_acts": (acts, want),
-        "out": _sum_pair(out, _weighted_sum(want, indices, p.W_dec), p.b_dec.double()),
-        "dW_enc": (dW_enc, _by_latent(d_acts, indices, p.centered, len(p.weight))),
+        "out": _sum_pair(out, exact.weighted_sum(want, indices, p.W_dec), p.b_dec.double()),
+        "dW_enc": (dW_enc, exact.by_latent(d_acts, indices, p.centered, len(p.weight))),
         "db_enc": (db_enc, want_db),
-        "dW_dec": (dW_dec, _by_latent(want, indices, p.grad_out, len(p.W_dec))),
+        "dW_dec": (dW_dec, exact.by_latent(want, indices, p.grad_out, len(p.W_dec))),
         "db_dec": _sum_pair(db_dec, p.grad_out.double().sum(0), -want_db @ p.weight.double()),
     }
 
@@ -222,7 +165,7 @@ def row_error(got: Tensor, want: Tensor) -> float:
     norms = want.norm(dim=1)
     used = norms[norms > 0]
     scale = norms.clamp_min(used.median() if len(used) else torch.finfo(torch.float64).tiny)
-    errors = [(got[part].double() - want[part]).norm(dim=1) / scale[part] for part in _chunks(*want.shape)]
+    errors = [(got[part].double() - want[part]).norm(dim=1) / scale[part] for part in exact.chunks(*want.shape)]
     return torch.cat(errors).max().item()
 
 
@@ -230,43 +173,3 @@ def _regret(p: Problem, chosen: Tensor) -> float:
     """The largest share of a token's best possible sum that the chosen activations [N, K] miss."""
     best = p.best[0].sum(1)
     return ((best - chosen.sum(1)) / best.clamp_min(torch.finfo(torch.float64).tiny)).max().item()
-
-
-# ---- float64 arithmetic, in chunks of tokens ---------------------------------------------------------
-
-
-def _chunks(rows: int, numbers_per_row: int) -> Iterator[slice]:
-    size = max(1, CHUNK // numbers_per_row)
-    return (slice(start, start + size) for start in range(0, rows, size))
-
-
-def _activations(p: Problem, indices: Tensor) -> Tensor:
-    """``ReLU(x weightᵀ + bias)`` at ``indices``, [N, K]."""
-    return _dots(p.centered, p.weight, indices).add_(p.bias.double()[indices]).relu_()
-
-
-def _dots(rows: Tensor, table: Tensor, indices: Tensor) -> Tensor:
-    """``rows[n] · table[indices[n, j]]``, [N, K]."""
-    parts = _chunks(len(rows), indices.shape[1] * rows.shape[1])
-    return torch.cat([torch.einsum("nd,nkd->nk", rows[i].double(), table[indices[i]].double()) for i in parts])
-
-
-def _weighted_sum(acts: Tensor, indices: Tensor, table: Tensor) -> Tensor:
-    """``Σ_j acts[n, j] table[indices[n, j]]``, [N, D]."""
-    parts = _chunks(len(acts), indices.shape[1] * table.shape[1])
-    return torch.cat([torch.einsum("nk,nkd->nd", acts[i].double(), table[indices[i]].double()) for i in parts])
-
-
-def _by_latent(values: Tensor, indices: Tensor, rows: Tensor, num_latents: int) -> Tensor:
-    """``Σ values[n, j] rows[n]`` over ``indices[n, j] = l``, [L, D]."""
-    out = torch.zeros(num_latents, rows.shape[1], dtype=torch.float64, device=rows.device)
-    for i in _chunks(len(rows), indices.shape[1] * rows.shape[1]):
-        pairs = torch.einsum("nk,nd->nkd", values[i].double(), rows[i].double())
-        out.index_add_(0, indices[i].flatten(), pairs.flatten(0, 1))
-    return out
-
-
-def _count(values: Tensor, indices: Tensor, num_latents: int) -> Tensor:
-    """``Σ values[n, j]`` over ``indices[n, j] = l``, [L]."""
-    out = torch.zeros(num_latents, dtype=torch.float64, device=values.device)
-    return out.index_add_(0, indices.flatten(), values.double().flatten())

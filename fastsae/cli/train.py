@@ -75,7 +75,7 @@ def hookpoints(
     **options: Any,
 ) -> None:
     """List the modules of a model that a coder can sit on: names, types, widths."""
-    from ..hooks import probe
+    from ..hookpoints import probe
     from ..model import load_model
 
     show_notes(logging.WARNING)

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from natsort import natsorted
 
-from .. import checkpoint
+from .. import coder_folders
 from ..errors import ArtifactError, CheckpointError, FastsaeError
 from . import files
 from .coder import Coder
@@ -120,7 +120,7 @@ def locate(source: Path | str, hookpoint: str | None = None) -> Path:
     name = str(source)
     if name.startswith((".", "/", "~")) or name.count("/") != 1:
         raise CheckpointError(f"expected a folder, a file or a hub repository (org/name), got {name!r}: no such path")
-    return checkpoint.download(name, None if hookpoint is None else f"{files.safe_name(hookpoint)}/*")
+    return coder_folders.download(name, None if hookpoint is None else f"{files.safe_name(hookpoint)}/*")
 
 
 def _read(at: Found) -> Coder:

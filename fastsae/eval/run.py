@@ -9,8 +9,9 @@ from typing import Any
 
 from rich.console import Console
 
+from ..devices import resolve_device
 from ..errors import ConfigError
-from ..model import is_causal, load_config, load_language_model, load_model, load_tokenizer, resolve_device
+from ..model import is_causal, load_config, load_language_model, load_model, load_tokenizer
 from ..options import build
 from ..run_config import RunConfig
 from ..saved import check_origin, default_model, load_coders, run_record

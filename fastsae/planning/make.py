@@ -12,8 +12,9 @@ from .. import demo
 from ..coders import CoderSpec, coder_specs
 from ..config import TrainConfig
 from ..data import foresee_rows
+from ..devices import resolve_device, resolve_dtype
 from ..errors import ArtifactError, ConfigError
-from ..model import load_config, resolve_device, resolve_dtype
+from ..model import load_config
 from ..ops import resolve
 from ..placement import check_one_process
 from ..rows import held_out_sequences
@@ -104,7 +105,7 @@ def planned_device(device: str | None) -> torch.device:
 
 
 def planned_dtype(dtype: str, device: torch.device) -> torch.dtype:
-    """As :func:`fastsae.model.resolve_dtype`; a GPU that is not here has bfloat16."""
+    """As :func:`fastsae.devices.resolve_dtype`; a GPU that is not here has bfloat16."""
     if dtype == "auto" and device.type == "cuda" and not torch.cuda.is_available():
         return torch.bfloat16
     return resolve_dtype(dtype, device)

@@ -7,8 +7,9 @@ import time
 import torch
 from torch import Tensor
 
+from ..devices import resolve_device
 from ..errors import ConfigError
-from ..model import empty_model, resolve_device
+from ..model import empty_model
 from ..run_config import RunConfig
 from ..train_step import StepTrainer
 from .memory import Situation

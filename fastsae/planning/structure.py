@@ -17,7 +17,8 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 from ..coders import find_hookpoints
 from ..config import TrainConfig
 from ..errors import ArtifactError
-from ..hooks import Hookpoint, run_hooked
+from ..hookpoints import Hookpoint
+from ..hooks import run_hooked
 from ..model import empty_model
 from ..run_config import RunConfig
 from .live_bytes import LiveBytes

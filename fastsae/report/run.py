@@ -9,11 +9,12 @@ import time
 from pathlib import Path
 from typing import Any
 
+from ..devices import resolve_device
 from ..errors import CheckpointError
 from ..eval.config import EvalConfig
 from ..eval.evaluate import evaluate
 from ..eval.tokens import run_data
-from ..model import is_causal, load_config, load_language_model, load_model, load_tokenizer, resolve_device
+from ..model import is_causal, load_config, load_language_model, load_model, load_tokenizer
 from ..options import build
 from ..run_config import RunConfig
 from ..saved import check_origin, default_model, load_coders, run_record
