@@ -32,6 +32,11 @@ def ordered_bits(numbers: Tensor) -> Tensor:
     return bits ^ ((bits >> 15) & 0x7FFF)
 
 
+def numbers(keys: Tensor) -> Tensor:
+    """The bfloat16 numbers whose :func:`ordered_bits` are ``keys``; of positive ones, :func:`bits` are the same."""
+    return (keys ^ ((keys >> 15) & 0x7FFF)).view(torch.bfloat16)
+
+
 def below(values: Tensor) -> Tensor:
     """The largest bfloat16 that is at most ``values``, float64 [n]; NaN stays."""
     rounded = values.to(torch.bfloat16)
@@ -55,35 +60,28 @@ def candidates(
     grouped: Tensor,  # [n, G, width]: the same but for a tail
     maxima: Tensor,  # [n, width]
     least: Tensor,  # [n]
-    end: Tensor | None,  # [n]
 ) -> Candidates:
-    """The latents whose key is ``least`` or more, and below ``end``, each once."""
+    """The latents whose key is ``least`` or more, each once."""
     n, G, width = grouped.shape
     rows, groups = (maxima >= least[:, None]).nonzero().unbind(1)
     members = grouped[rows, :, groups]  # [P, G]
-    kept = members >= least[rows, None]
-    if end is not None:
-        kept &= members < end[rows, None]
-    group, member = kept.nonzero().unbind(1)
+    group, member = (members >= least[rows, None]).nonzero().unbind(1)
     rows, columns = rows[group], groups[group] + member * width
     tail = keys[:, G * width :]
     if tail.shape[1]:
-        kept = tail >= least[:, None]
-        if end is not None:
-            kept &= tail < end[:, None]
-        tail_rows, tail_columns = kept.nonzero().unbind(1)
+        tail_rows, tail_columns = (tail >= least[:, None]).nonzero().unbind(1)
         rows, order = torch.cat([rows, tail_rows]).sort(stable=True)
         columns = torch.cat([columns, tail_columns + G * width])[order]
     return Candidates(columns, torch.bincount(rows, minlength=n))
 
 
-def scored(x: Tensor, weight: Tensor, bias: Tensor, found: Candidates, at_least: int) -> tuple[Tensor, Tensor]:
-    """Activations and columns [n, C] of a row's candidates, filled up to ``at_least`` with zeros of column 0."""
+def scored(x: Tensor, weight: Tensor, bias: Tensor, found: Candidates, k: int) -> tuple[Tensor, Tensor]:
+    """Activations and columns [n, C >= K] of a row's candidates, filled up with zeros of column 0."""
     columns, counts = found
-    most = max(at_least, int(counts.amax()))
+    most = max(k, int(counts.amax()))
     filled = torch.arange(most) < counts[:, None]
     acts, where = x.new_zeros(len(x), most), torch.zeros((len(x), most), dtype=torch.int64)
     if len(columns):
-        acts[filled] = ragged_products(x, weight, columns, counts).add_(bias[columns]).relu_()
-        where[filled] = columns
+        acts.masked_scatter_(filled, ragged_products(x, weight, columns, counts).add_(bias[columns]).relu_())
+        where.masked_scatter_(filled, columns)
     return acts, where

@@ -2,9 +2,9 @@
 
 Shapes: N tokens, D width, L latents, K active latents; n rows of a chunk, C candidates.
 
-A bfloat16 product ranks all latents. The k best per token, or some more, are scored again in float32: their k-th
-score is one that the k-th activation reaches. Whatever the bound below lets reach it too is then scored as well, and
-the k best of both are returned, provided that no excluded latent can beat them. The bound is in :mod:`.cpu_bound`.
+A bfloat16 product ranks all latents. The k-th largest score, less what rounding makes of it, is about what the k-th
+activation reaches. Whatever the bound in :mod:`.cpu_bound` lets reach it too is scored again in float32, and the k best
+are returned, provided that no excluded latent can beat them.
 """
 
 from __future__ import annotations
@@ -18,8 +18,11 @@ import torch
 from torch import Tensor
 
 from .cpu_bound import Rounded, excluded_bound, norm, round_coder
-from .cpu_candidates import NONE, below, bits, candidates, few, ordered_bits, scored
+from .cpu_candidates import NONE, below, bits, candidates, few, numbers, ordered_bits, scored
 from .cpu_select import GROUP, ordered
+
+USUAL = 1 / 8
+"""Of the bound on the rounding errors' sum, what they add up to: they hardly ever all point one way."""
 
 
 class ScreenStats(NamedTuple):
@@ -76,10 +79,11 @@ def screened_topk(
         low = part.to(torch.bfloat16)
         scores = torch.addmm(coder.bias, low, coder.weight.t(), out=scratch[: len(part)])
         rest = torch.arange(len(part))
-        for keys_of, lowest in ((bits, 0), (ordered_bits, -(2**15))):  # the first do where k scores are well above 0
+        # At first for k scores well above 0, whose rounding is as usual; then for what that could not prove.
+        for keys_of, lowest, share in ((bits, 0, USUAL), (ordered_bits, -(2**15), 1.0)):
             of_all = len(rest) == len(part)
             tokens = (scores, part, low) if of_all else (scores[rest], part[rest], low[rest])
-            acts, indices, proven = _rank(keys_of(tokens[0]), *tokens[1:], weight, bias, coder, k, lowest)
+            acts, indices, proven = _rank(keys_of(tokens[0]), *tokens[1:], weight, bias, coder, k, lowest, share)
             top_acts[start + rest], top_indices[start + rest] = acts, indices
             certified[start + rest] = proven
             rest = rest[~proven]
@@ -111,6 +115,7 @@ def _rank(
     coder: Rounded,
     k: int,
     lowest: int,  # keys down to here are not in order
+    share: float,  # of the bound, that rounding is expected to take from the k-th activation
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Activations and indices [n, K], and bool [n]: certified."""
     width = keys.shape[1] // GROUP
@@ -119,20 +124,17 @@ def _rank(
     grouped = keys[:, : keys.shape[1] // width * width].unflatten(1, (-1, width))
     maxima = grouped.amax(1)  # [n, width]
     # The k-th largest maximum is at most the k-th largest score, and hardly less: k latents or some more reach it.
-    # (Of every four groups the largest will do: what reaches it is scored sooner or later.)
+    # (Of every four groups the largest will do: what reaches it is scored anyway.)
     coarse = maxima[:, : width // 4 * 4].unflatten(1, (4, -1)).amax(1) if 8 * k <= width else maxima
-    kth = coarse.topk(k, dim=1).values[:, -1]
-    kth = few(maxima, kth, k).masked_fill(kth <= lowest, NONE)
-    acts, columns = scored(x, weight, bias, candidates(keys, grouped, maxima, kth, None), k)
-    reached = acts.topk(k, dim=1).values[:, -1].double()  # exactly: the k-th activation is this or more
-    norms = norm(x), norm(x - low)
-    bound = partial(excluded_bound, x=x, x_low=low, coder=coder, norms=norms)
+    kth = coarse.topk(k, dim=1, sorted=False).values.amin(1)
+    bound = partial(excluded_bound, x=x, x_low=low, coder=coder, norms=(norm(x), norm(x - low)))
+    score = numbers(kth).double()
+    reached = (score - share * (bound(score) - score)).clamp(min=0)  # by the k-th activation, it is expected
     least = below(_most_below(bound, reached))
     least_key = few(maxima, ordered_bits(least), k)
-    least_key = least_key.masked_fill(~least.isfinite() | (least_key <= lowest), NONE)
-    more = candidates(keys, grouped, maxima, least_key, kth)
-    more_acts, more_columns = scored(x, weight, bias, more, 0)
-    top_acts, top_indices = ordered(torch.cat([acts, more_acts], 1), torch.cat([columns, more_columns], 1), k)
+    least_key = least_key.masked_fill(~least.isfinite() | (torch.minimum(kth, least_key) <= lowest), NONE)
+    acts, columns = scored(x, weight, bias, candidates(keys, grouped, maxima, least_key), k)
+    top_acts, top_indices = ordered(acts, columns, k)
     # What was not scored again lies below `least`.
     proven = top_acts[:, -1] > bound(least)
     return top_acts, top_indices, proven & (least_key < NONE)
