@@ -125,11 +125,10 @@ class Signum:
         return {"z": weight.detach().clone()}
 
     def update_(self, weight: Tensor, grad: Tensor, state: State, *, lr: float, step: int) -> None:
-        z = state["z"]
-        average = self.averaged(weight, z)
-        z.add_(grad.sign(), alpha=-lr)
-        average.lerp_(z, 1 / step)
-        weight.copy_(average.lerp_(z, 1 - self.momentum))
+        sign, z = grad.sign(), state["z"]
+        weight.lerp_(z, 1 / step)  # with x written out, the new y is that of the old z, and its share of z's step
+        weight.add_(sign, alpha=-lr * (1 - self.momentum + self.momentum / step))
+        z.add_(sign, alpha=-lr)
 
     def averaged(self, weight: Tensor, z: Tensor) -> Tensor:
         """The average x of rows ``weight`` (which hold y) and their state z."""
