@@ -2,6 +2,7 @@
 
 import dataclasses
 import inspect
+import json
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from test_cli import run
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import fastsae
 from fastsae.compat import sparsify_flags
 from fastsae.compat.sparsify import (
     Sae,
@@ -150,6 +152,23 @@ def test_hookpoint_names_do_not_collide(tmp_path):
     before = {name: sae.encoder.weight.detach().clone() for name, sae in trainer.saes.items()}
     trainer.fit()
     assert all(not torch.equal(sae.encoder.weight, before[name]) for name, sae in trainer.saes.items())
+
+
+@pytest.mark.parametrize("loss_fn", ["ce", "kl"])
+def test_end_to_end_losses_train_what_fastsaes_trainer_does(loss_fn, tmp_path):
+    rows, model = token_rows(20, 8), make_model("gpt2")
+    theirs = Trainer(make_config(tmp_path / "a", loss_fn=loss_fn, hookpoints=["h.1.mlp"]), rows, model)
+    theirs.fit()
+    cfg = fastsae.TrainConfig(
+        fastsae.SaeConfig(expansion_factor=2, k=4), batch_size=4, loss_fn=loss_fn, hookpoints=("h.1.mlp",),
+        optimizer="signum", save_dir=str(tmp_path / "b"),
+    )  # fmt: skip
+    ours = fastsae.Trainer(cfg, rows, model)
+    ours.fit(progress=False)
+    for name, parameter in ours.coders["h.1.mlp"].named_parameters():
+        assert torch.equal(theirs.saes["h.1.mlp"].get_parameter(name), parameter), name
+    records = [json.loads(line) for line in (tmp_path / "a/unnamed/metrics.jsonl").read_text().splitlines()]
+    assert all(record["loss"] > 0 for record in records)
 
 
 # ---- names and signatures ----
