@@ -64,10 +64,16 @@ KERNELS = MAX_REGISTERS["3.9"]
 
 MAX_SPILLS = {
     "3.9": {"latent_step adam 1024 bf16": 2},
-    "3.6": {"latent_step adam 768 bf16": 8, "latent_step adam 1024 bf16": 19, "latent_step adam 2048 bf16": 6},
+    "3.6": {
+        "latent_step adam 768 bf16": 11,
+        "latent_step adam 1024 bf16": 17,
+        "latent_step adam 2048 bf16": 4,
+        "latent_step adam 8192 bf16": 2,
+    },
 }
 """Stores of a register to memory, by Triton and case on sm_90, where an H200 was faster with them: the programs
-that fit beside each other outweigh them (``benchmarks/results/latent-step-h200-2026-11-27.txt``). Elsewhere none."""
+that fit beside each other outweigh them (``benchmarks/results/latent-step-h200-2026-11-27.txt``). At 8192 columns a
+thread has all the registers that its program's size leaves it. Elsewhere none."""
 
 
 @pytest.fixture(scope="module")
