@@ -58,6 +58,7 @@ def loading_options(run: RunConfig) -> tuple[torch.device, dict[str, Any]]:
         options["device_map"] = device_map
     if run.tp_plan is not None:
         options |= plan_options(run.tp_plan, device)
+        _require_package("accelerate", "tp_plan", "accelerate")
     return device, options
 
 

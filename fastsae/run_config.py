@@ -59,7 +59,8 @@ class RunConfig:
     modules and devices (numbers of GPUs, cpu, disk); needs accelerate."""
 
     tp_plan: Literal["auto"] | None = None
-    """Have all processes hold one model together, each a part of every layer, by transformers' tensor-parallel plan."""
+    """Have all processes hold one model together, each a part of every layer, by transformers' tensor-parallel plan;
+    needs accelerate."""
 
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Precision of the model; auto is bfloat16 on a GPU that has it, float32 on a CPU."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
 import os
@@ -27,7 +28,7 @@ from tensor_parallel_worker import (
 )
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-from fastsae import FastSae, RunConfig, load_language_model, load_model, plan
+from fastsae import FastSae, RunConfig, devices, load_language_model, load_model, plan
 from fastsae.cli import main as command
 from fastsae.coder_config import SaeConfig
 from fastsae.config import TrainConfig
@@ -157,6 +158,13 @@ def test_one_process_has_nobody_to_share_the_model_with(saved, capsys):
     said = " ".join(capsys.readouterr().err.split())
     assert "error: tp_plan: expected the processes of one training run" in said
     assert "torchrun --nproc-per-node N" in said
+
+
+def test_a_plan_needs_accelerate(saved, monkeypatch):
+    monkeypatch.setattr(devices, "plan_options", lambda *_: {})  # as in several processes
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "accelerate" else object())
+    with pytest.raises(ConfigError, match="tp_plan: expected the package 'accelerate'.*pip install accelerate"):
+        load_model(str(saved), RunConfig(tp_plan="auto", device="cpu"))
 
 
 @pytest.mark.parametrize("option", [{"device_map": "auto"}, {"load_in_8bit": True}])
