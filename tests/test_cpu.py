@@ -292,7 +292,9 @@ def test_screen_is_chosen_only_where_bfloat16_is_fast(monkeypatch):
         monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda value=supported: value)
         monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
         assert cpu_screen.pays(x, weight, 32) is supported
-        assert not cpu_screen.pays(x[:8], weight, 32)
+        assert not cpu_screen.pays(x[:128], weight, 32)  # rounding the weights costs more than it saves
+        assert cpu_screen.pays(x[:, :128], weight[:, :128], 32) is supported
+        assert not cpu_screen.pays(x[:512, :128], weight[:, :128], 32)
         assert not cpu_screen.pays(x, weight, 1024)
 
 

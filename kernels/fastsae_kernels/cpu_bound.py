@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 UNIT_ROUNDOFF = 2.0**-8
-LATENTS = 512  # latents rounded at a time: the float32 differences stay in cache
+ROUNDED = 2**20  # numbers rounded at a time: their float32 differences stay near the cores
 LARGEST = 1e38  # no partial sum below it can overflow
 
 
@@ -47,8 +47,10 @@ class Rounded(NamedTuple):
 def round_coder(weight: Tensor, bias: Tensor, out: Tensor | None = None) -> Rounded:
     """Round ``weight`` [L, D] (into ``out``) and ``bias`` [L] to bfloat16, measuring the errors made."""
     rounded = torch.empty_like(weight, dtype=torch.bfloat16) if out is None else out
-    norms, errors, scratch = [], [], weight.new_empty(min(LATENTS, len(weight)), weight.shape[1])
-    for part, out in zip(weight.split(LATENTS), rounded.split(LATENTS), strict=True):
+    L, D = weight.shape
+    latents = min(L, max(1, ROUNDED // D))
+    norms, errors, scratch = [], [], weight.new_empty(latents, D)
+    for part, out in zip(weight.split(latents), rounded.split(latents), strict=True):
         out.copy_(part)
         norms.append(norm(part).amax())
         errors.append(norm(scratch[: len(part)].copy_(out).sub_(part)).amax())  # the difference of the two is exact

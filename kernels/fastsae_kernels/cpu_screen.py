@@ -24,6 +24,9 @@ from .cpu_select import GROUP, ordered
 USUAL = 1 / 8
 """Of the bound on the rounding errors' sum, what they add up to: they hardly ever all point one way."""
 
+LEAST = 2**17
+"""Activations (N · D) from which screening pays: measured at widths of 64 to 1024 and 2048 to 16384 latents."""
+
 
 class ScreenStats(NamedTuple):
     """What screening did in this process."""
@@ -47,10 +50,12 @@ def screen_stats() -> ScreenStats:
 def pays(x: Tensor, weight: Tensor, k: int) -> bool:
     """Whether screening is expected to beat the float32 product here.
 
-    The product must be large against the selection, and bfloat16 products must be faster than float32 ones:
-    so with AMX and on AMD's AVX512-BF16, not on Intel's, whose vdpbf16ps has no more throughput than FMA.
+    The product must be large against the rounding of the weights and the selection, and bfloat16 products must be
+    faster than float32 ones: so with AMX and on AMD's AVX512-BF16, not on Intel's, whose vdpbf16ps has no more
+    throughput than FMA.
     """
-    return len(x) >= 64 and x.shape[1] >= 256 and 64 * k <= len(weight) and _fast_bf16()
+    enough = x.numel() >= LEAST and x.shape[1] >= 64
+    return enough and 64 * k <= len(weight) and _fast_bf16()
 
 
 def _fast_bf16() -> bool:
