@@ -286,6 +286,13 @@ def test_screen_gives_up_on_a_coder_it_cannot_certify():
     assert cpu.screen_stats().rows - before.rows == 2  # the first chunk only
 
 
+def test_screen_of_a_width_of_zero_ranks_the_bias():
+    x, weight, bias = torch.zeros(3, 0), torch.zeros(64, 0), torch.linspace(-1, 1, 64)
+    acts, indices = cpu.encode(x, weight, bias, 2, screen=True)
+    assert torch.equal(acts, bias[[63, 62]].expand(3, 2))
+    assert indices.tolist() == 3 * [[63, 62]]
+
+
 def test_screen_is_chosen_only_where_bfloat16_is_fast(monkeypatch):
     x, weight = torch.empty(2048, 768, device="meta"), torch.empty(12288, 768, device="meta")
     for supported in (True, False):

@@ -22,7 +22,7 @@ MODEL_DIR = Path(__file__).parent / "model"
 """A Hugging Face model folder: ``AutoModel.from_pretrained(MODEL_DIR)`` works."""
 
 TRAINING = {"batch_size": 8, "ctx_len": 256, "max_tokens": 500_000}
-"""What ``fastsae train`` sets for this model unless told otherwise: a run of about two minutes on two cores."""
+"""What ``fastsae train`` sets for this model unless told otherwise: one to two and a half minutes on two cores."""
 
 REPORTED_TOKENS = 32_768
 """Tokens that its report looks for contexts on: some ten seconds more."""

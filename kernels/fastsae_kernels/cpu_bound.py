@@ -47,10 +47,10 @@ class Rounded(NamedTuple):
 def round_coder(weight: Tensor, bias: Tensor, out: Tensor | None = None) -> Rounded:
     """Round ``weight`` [L, D] (into ``out``) and ``bias`` [L] to bfloat16, measuring the errors made."""
     rounded = torch.empty_like(weight, dtype=torch.bfloat16) if out is None else out
-    L, D = weight.shape
-    latents = min(L, max(1, ROUNDED // D))
-    norms, errors, scratch = [], [], weight.new_empty(latents, D)
-    for part, out in zip(weight.split(latents), rounded.split(latents), strict=True):
+    D = weight.shape[1]
+    step = max(1, ROUNDED // max(1, D))
+    norms, errors, scratch = [], [], weight.new_empty(min(step, len(weight)), D)
+    for part, out in zip(weight.split(step), rounded.split(step), strict=True):
         out.copy_(part)
         norms.append(norm(part).amax())
         errors.append(norm(scratch[: len(part)].copy_(out).sub_(part)).amax())  # the difference of the two is exact

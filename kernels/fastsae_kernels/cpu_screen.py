@@ -25,7 +25,7 @@ USUAL = 1 / 8
 """Of the bound on the rounding errors' sum, what they add up to: they hardly ever all point one way."""
 
 LEAST = 2**17
-"""Activations (N · D) from which screening pays: measured at widths of 64 to 1024 and 2048 to 16384 latents."""
+"""Numbers in a batch (N · D) from which it pays: measured on AMD, for D of 64 to 1024 and L of 2048 to 16384."""
 
 
 class ScreenStats(NamedTuple):
@@ -54,8 +54,7 @@ def pays(x: Tensor, weight: Tensor, k: int) -> bool:
     faster than float32 ones: so with AMX and on AMD's AVX512-BF16, not on Intel's, whose vdpbf16ps has no more
     throughput than FMA.
     """
-    enough = x.numel() >= LEAST and x.shape[1] >= 64
-    return enough and 64 * k <= len(weight) and _fast_bf16()
+    return x.numel() >= LEAST and x.shape[1] >= 64 and 64 * k <= len(weight) and _fast_bf16()
 
 
 def _fast_bf16() -> bool:
