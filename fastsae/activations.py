@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from .batches import ModelBatch, counted, prepare
-from .errors import ArtifactError, FastsaeError, HookpointError, OutOfMemoryError, is_out_of_memory
+from .errors import ArtifactError, FastsaeError, HookpointError, OutOfMemoryError, first_line, is_out_of_memory
 from .hookpoints import Hookpoint
 from .hooks import run_hooked, run_replaced
 from .placement import entry_device
@@ -186,9 +186,9 @@ def _model_error(error: Exception, ids: Tensor, at: str) -> FastsaeError:
             f"{at}: out of memory in the model's forward on {shape} tokens; lower --batch-size or --ctx-len, "
             "with --grad-acc-steps raised for as many tokens in a step"
         )
-    reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
     if is_lost_peer(error):
         return lost_peer(error)
     return ArtifactError(
-        f"model, {at}: expected its forward to run on {shape} token ids, got {type(error).__name__}: {reason}"
+        f"model, {at}: expected its forward to run on {shape} token ids, "
+        f"got {type(error).__name__}: {first_line(error)}"
     )

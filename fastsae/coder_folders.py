@@ -10,7 +10,7 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
 from natsort import natsorted
 
-from .errors import CheckpointError
+from .errors import CheckpointError, first_line
 from .integrity import check_name
 
 CONFIG_FILE = "cfg.json"
@@ -53,8 +53,7 @@ def download(repo: str, allow_patterns: str | None = None) -> Path:
     try:
         return Path(snapshot_download(repo, allow_patterns=allow_patterns))
     except (RepositoryNotFoundError, LocalEntryNotFoundError, HFValidationError, HfHubHTTPError) as error:
-        first_line = str(error).strip().splitlines()[0]
         raise CheckpointError(
-            f"expected a Hugging Face hub repository, got {repo!r}: {first_line} "
+            f"expected a Hugging Face hub repository, got {repo!r}: {first_line(error)} "
             "Check the name and the network; for a folder on disk use load_from_disk or load_many(..., local=True)"
         ) from None

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from .coder_config import SaeConfig
 from .config import TrainConfig
 from .errors import ConfigError, HookpointError
-from .hookpoints import Hookpoint, layer_hookpoints, resolve_hookpoints
+from .hookpoints import Hookpoint, layer_hookpoints, listing, resolve_hookpoints
 from .overrides import coder_name, parse_override, resolve_variants
 from .sae import FastSae
 from .shards import probe_whole
@@ -36,7 +36,7 @@ def find_hookpoints(model: PreTrainedModel, cfg: TrainConfig) -> dict[str, Hookp
     if exact := [name for name in silent if not found or name in cfg.hookpoints]:
         raise HookpointError(
             f"{exact[0]}: expected a module whose output is a float tensor [..., width], got none when the model ran; "
-            f"list what there is with: fastsae hookpoints {model.name_or_path or 'MODEL'}"
+            f"list what there is with: {listing(model)}"
         )
     if silent:  # met by a wildcard
         logger.info("left out %d modules that the model's forward gives no activations of: %s", len(silent), silent[0])

@@ -66,8 +66,8 @@ def encode_run(source: str, model_name: str | None, options: dict[str, Any]) -> 
     """Encode as the command line asks, and print tables or JSON."""
     cfg: EncodeConfig = build(EncodeConfig, options)
     run: RunConfig = build(RunConfig, options)
-    model_name = model_name or default_model(run_record(source))
     coders = load_coders(source, resolve_device(run.device), hookpoints=cfg.hookpoints)
+    model_name = model_name or default_model(run_record(source), coders.values())
     for name, coder in () if cfg.force else coders.items():
         check_origin(name, coder, model_name)
     tokenizer = load_tokenizer(model_name, run)

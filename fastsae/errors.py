@@ -45,6 +45,11 @@ class LostRankError(FastsaeError):
     pass
 
 
+def first_line(error: BaseException) -> str:
+    """What ``error`` says, as far as it fits into a message of our own; its class where it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether ``error`` is torch's way to say that memory ran out, on a GPU or a CPU."""
     said = str(error).lower() if isinstance(error, RuntimeError) else ""

@@ -16,7 +16,8 @@ from natsort import natsorted
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from .errors import ArtifactError, HookpointError
+from . import demo
+from .errors import ArtifactError, HookpointError, first_line
 from .hooks import run_hooked
 from .placement import entry_device
 
@@ -38,8 +39,13 @@ class Hookpoint(NamedTuple):
 def resolve_hookpoints(model: PreTrainedModel, patterns: Sequence[str]) -> list[str]:
     """Module names that match the wildcards, in natural order; every pattern must match something."""
     names = [name for name, _ in model.base_model.named_modules() if name]
-    way_out = f"List all with: fastsae hookpoints {model.name_or_path or 'MODEL'}"
-    return match_names(patterns, names, f"module of {type(model).__name__}", way_out)
+    return match_names(patterns, names, f"module of {type(model).__name__}", f"List all with: {listing(model)}")
+
+
+def listing(model: PreTrainedModel) -> str:
+    """The command that lists a model's modules."""
+    name = demo.NAME if model.name_or_path == str(demo.MODEL_DIR) else model.name_or_path or "MODEL"
+    return f"fastsae hookpoints {name}"
 
 
 def match_names(patterns: Sequence[str], names: Sequence[str], what: str, way_out: str) -> list[str]:
@@ -94,10 +100,9 @@ def probe(model: PreTrainedModel, names: Sequence[str]) -> dict[str, Hookpoint]:
         try:
             run_hooked(model, ids, dict.fromkeys(names, 0), look)
         except Exception as error:
-            first_line = next(iter(str(error).strip().splitlines()), "")
             raise ArtifactError(
                 f"model: expected {type(model).__name__} to run on {tokens} token ids, got {type(error).__name__}: "
-                f"{first_line}; a causal or encoder model of transformers does"
+                f"{first_line(error)}; a causal or encoder model of transformers does"
             ) from error
         return {name: width for name, (_, width) in shapes.items()}
 

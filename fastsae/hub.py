@@ -13,7 +13,7 @@ from typing import Literal
 from huggingface_hub import HfApi, constants
 from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
 
-from .errors import ArtifactError
+from .errors import ArtifactError, first_line
 
 SECONDS = 10
 """How long the hub may take to answer."""
@@ -37,7 +37,7 @@ def check_repository(
     except Exception as error:  # of whatever HTTP library the hub's client uses
         raise ArtifactError(
             f"{kind}: expected a folder or a hub id, got {name!r}, which is not here, and the hub did not answer: "
-            f"{str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__}{close_by(name)}"
+            f"{first_line(error)}{close_by(name)}"
         ) from None
 
 

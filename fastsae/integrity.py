@@ -13,7 +13,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from .errors import ArtifactError, CheckpointError
+from .errors import ArtifactError, CheckpointError, first_line
 
 
 def write_beside(path: Path, write: Callable[[Path], Any]) -> Path:
@@ -28,8 +28,9 @@ def write_beside(path: Path, write: Callable[[Path], Any]) -> Path:
             os.fsync(file.fileno())
     except (OSError, SafetensorError) as error:
         beside.unlink(missing_ok=True)
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ArtifactError(f"output: could not write {path}: {reason}; what was saved before is still there") from None
+        raise ArtifactError(
+            f"output: could not write {path}: {first_line(error)}; what was saved before is still there"
+        ) from None
     return beside
 
 

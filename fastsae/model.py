@@ -25,7 +25,7 @@ from transformers.models.auto.modeling_auto import (
 
 from . import demo
 from .devices import loading_options
-from .errors import ArtifactError, ConfigError
+from .errors import ArtifactError, ConfigError, first_line
 from .hub import check_repository, close_by, looks_local
 from .run_config import RunConfig
 from .tensor_parallel import has_no_plan, no_plan
@@ -64,8 +64,7 @@ def empty_model(name: str, run: RunConfig, dtype: torch.dtype, *, with_head: boo
             model = (AutoModelForCausalLM if with_head else AutoModel).from_config(config, **options)
     except (ValueError, ImportError, RuntimeError, KeyError, TypeError) as error:
         raise ArtifactError(
-            f"model: expected a config.json that transformers makes a model of, got {name!r}: "
-            f"{str(error).strip().splitlines()[0]}"
+            f"model: expected a config.json that transformers makes a model of, got {name!r}: {first_line(error)}"
         ) from None
     _refuse_encoder_decoder(model, config)
     return model.eval().requires_grad_(False)
@@ -159,19 +158,19 @@ def _from_pretrained(auto_class, name: str, run: RunConfig, what: str, **options
     try:
         return auto_class.from_pretrained(source, revision=run.revision, token=run.hf_token, **options)
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
-        first_line = str(error).strip().splitlines()[0]
+        reason = first_line(error)
         if "attn_implementation" in options and "attention" in str(error).lower():
             raise ConfigError(
-                f"attn_implementation: expected one that this model has, got {run.attn_implementation!r}: {first_line}"
+                f"attn_implementation: expected one that this model has, got {run.attn_implementation!r}: {reason}"
             ) from None
         if has_no_plan(error):
             raise no_plan(name) from None
         if "device_map" in options and "device" in str(error):
             raise ConfigError(
-                f"device_map: expected a device that is here for every module, got {run.device_map}: {first_line}"
+                f"device_map: expected a device that is here for every module, got {run.device_map}: {reason}"
             ) from None
         raise ArtifactError(
-            f"{what}: expected a Hugging Face hub id or a folder saved by save_pretrained, got {name!r}: {first_line} "
+            f"{what}: expected a Hugging Face hub id or a folder saved by save_pretrained, got {name!r}: {reason} "
             f"Check the name, the network and --hf-token{close_by(name)}; 'demo' needs none of them"
         ) from None
 

@@ -10,7 +10,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineMod
 from huggingface_hub.utils import validate_repo_id
 
 from .compat import convert, files
-from .errors import ArtifactError
+from .errors import ArtifactError, first_line
 from .model_card import model_card
 
 CARD = "README.md"
@@ -60,9 +60,9 @@ def upload(planned: Mapping[str, Path | bytes], repo: str, *, private: bool = Fa
         api.create_repo(repo, private=private, exist_ok=True)
         commit = api.create_commit(repo, operations, commit_message="Upload coders with fastsae")
     except (HfHubHTTPError, OfflineModeIsEnabled, OSError, ValueError) as error:
-        first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ArtifactError(
-            f"push: expected to write to {repo!r}, got: {first_line}; log in with hf auth login, or pass --hf-token"
+            f"push: expected to write to {repo!r}, got: {first_line(error)}; "
+            "log in with hf auth login, or pass --hf-token"
         ) from None
     return str(commit.repo_url)
 

@@ -108,8 +108,9 @@ def coder_input(coder: FastSae, x: Tensor | None, y: Tensor) -> Tensor:
     return x
 
 
-def default_model(record: dict[str, Any]) -> str:
-    """The model that a run was trained on; raises :class:`ArtifactError` where its record does not say."""
-    if not (name := record.get("model")):
+def default_model(record: dict[str, Any], coders: Iterable[FastSae]) -> str:
+    """The model that a run's record names, or all of its coders; raises :class:`ArtifactError` where none is named."""
+    named = {record.get("model") or Origin.from_notes(coder.notes).model for coder in coders}
+    if len(named) != 1 or not (name := named.pop()):
         raise ArtifactError("model: these coders do not say which model they were trained on; name one")
     return name

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
-from .errors import ConfigError, HookpointError, LostRankError
+from .errors import ConfigError, HookpointError, LostRankError, first_line
 from .hookpoints import Hookpoint, probe
 from .hooks import run_hooked
 from .placement import entry_device
@@ -81,10 +81,9 @@ def is_lost_peer(error: BaseException) -> bool:
 
 
 def lost_peer(error: BaseException) -> LostRankError:
-    reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
     return LostRankError(
         "model: another rank, which holds a part of it, ended, failed or did not answer, and says why itself "
-        f"({reason})"
+        f"({first_line(error)})"
     )
 
 

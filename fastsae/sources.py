@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+import lzma
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -13,19 +15,24 @@ from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 from pyarrow import ArrowInvalid
 
 from . import demo
-from .errors import ArtifactError
+from .errors import ArtifactError, first_line
 from .hub import check_repository, close_by, looks_local
+from .memmap import SUFFIX as MEMMAP_SUFFIX
 from .run_config import RunConfig
 
 DEFAULT_DATASET = "EleutherAI/SmolLM2-135M-10B"
 """What ``fastsae train MODEL`` trains on, as sparsify does."""
 
 _BUILDERS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".csv": "csv", ".txt": "text", ".arrow": "arrow"}
+_COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
+
+UNREADABLE = (ValueError, DatasetGenerationError, OSError, EOFError, zlib.error, lzma.LZMAError)
+"""What reading a damaged or vanished file raises, somewhere below."""
 
 
 def load_data(name: str, run: RunConfig) -> Dataset | IterableDataset:
     """The dataset ``name``: a hub id, a ``save_to_disk`` folder, a file or folder of parquet, jsonl, json, csv,
-    arrow or txt files (one document each), or ``stdlib``, the running Python's standard library.
+    arrow or txt files (one document each), compressed or not, or ``stdlib``, the running Python's standard library.
 
     With ``run.streaming`` nothing is read yet; ``run.data_args`` go to ``datasets.load_dataset``.
     """
@@ -37,15 +44,14 @@ def load_data(name: str, run: RunConfig) -> Dataset | IterableDataset:
     if path.is_dir():
         if is_saved(path):
             return _load_saved(path, name, run)
-        files = sorted(file for file in path.rglob("*") if file.suffix in _BUILDERS and file.is_file())
-        builders = {_builder(file) for file in files}
+        builders = {_BUILDERS[_suffix(file)] for file in path.rglob("*") if _suffix(file) in _BUILDERS}
         if len(builders) != 1:
             raise ArtifactError(
                 f"dataset: expected a save_to_disk folder, or one kind of file in {name} ({', '.join(_BUILDERS)}), "
                 f"found {', '.join(sorted(builders)) or 'none'}"
             )
         return _read(builders.pop(), path, run, path=str(path))  # splits are told by names, as on the hub
-    if looks_local(name):
+    if looks_local(name) or _suffix(path) in _BUILDERS:
         raise ArtifactError(
             f"dataset: expected a file, a folder or a hub id, got {name!r}, which does not exist here{close_by(name)}"
         )
@@ -58,9 +64,17 @@ def is_saved(path: Path) -> bool:
 
 
 def _builder(path: Path) -> str:
-    if path.suffix not in _BUILDERS:
-        raise ArtifactError(f"dataset: expected one of {', '.join(_BUILDERS)}, got {path.name}")
-    return _BUILDERS[path.suffix]
+    if _suffix(path) not in _BUILDERS:
+        raise ArtifactError(
+            f"dataset: expected one of {', '.join(_BUILDERS)} (also with {', '.join(_COMPRESSED)} behind it), "
+            f"or token ids as {MEMMAP_SUFFIX}, got {path.name}"
+        )
+    return _BUILDERS[_suffix(path)]
+
+
+def _suffix(path: Path) -> str:
+    """``.jsonl`` of ``c4.jsonl.gz``, too."""
+    return Path(path.stem).suffix if path.suffix in _COMPRESSED else path.suffix
 
 
 def _load_files(builder: str, files: list[Path], run: RunConfig) -> Dataset | IterableDataset:
@@ -75,8 +89,13 @@ def _read(builder: str, source: Path, run: RunConfig, **options: Any) -> Dataset
     path = options.pop("path", builder)
     try:
         return load_dataset(path, split=run.split, streaming=run.streaming, **{**options, **run.dataset_options()})
-    except (DatasetGenerationError, DatasetNotFoundError, ValueError, TypeError) as error:
-        raise ArtifactError(f"dataset: could not read {source} as {builder}: {_reason(error)}") from None
+    except StopIteration:  # of a json file without a byte
+        raise ArtifactError(f"dataset: expected at least one row, got an empty file in {source}") from None
+    except (DatasetNotFoundError, TypeError, *UNREADABLE) as error:
+        way_out = "; pip install zstandard" if "zstd" in str(error) else ""
+        raise ArtifactError(
+            f"dataset: could not read {source} as {builder}: {first_line(error.__cause__ or error)}{way_out}"
+        ) from None
 
 
 def _load_saved(folder: Path, name: str, run: RunConfig) -> Dataset | IterableDataset:
@@ -87,7 +106,9 @@ def _load_saved(folder: Path, name: str, run: RunConfig) -> Dataset | IterableDa
     except IndexError:  # datasets cannot read back what it saved
         raise ArtifactError("dataset: expected at least one row, got an empty dataset") from None
     except (OSError, KeyError, ArrowInvalid, UnicodeDecodeError) as error:
-        raise ArtifactError(f"dataset: could not read {name} as a save_to_disk folder: {_reason(error)}") from None
+        raise ArtifactError(
+            f"dataset: could not read {name} as a save_to_disk folder: {first_line(error.__cause__ or error)}"
+        ) from None
     return data.to_iterable_dataset() if run.streaming else data
 
 
@@ -98,7 +119,7 @@ def _load_hub(name: str, run: RunConfig) -> Dataset | IterableDataset:
         return load_dataset(name, split=run.split, streaming=run.streaming, token=run.hf_token, **options)
     except (DatasetNotFoundError, DatasetGenerationError, ValueError, TypeError, OSError) as error:
         raise ArtifactError(
-            f"dataset: expected a hub id, a file or a folder, got {name!r}: {_reason(error)} "
+            f"dataset: expected a hub id, a file or a folder, got {name!r}: {first_line(error.__cause__ or error)} "
             "Check the name, the network, --data-args and --hf-token; 'stdlib' needs none of them"
         ) from None
 
@@ -111,8 +132,3 @@ def _pick_split(data: Dataset | DatasetDict, name: str, split: str) -> Dataset:
             f"dataset: {name} has the splits {', '.join(map(str, data))}, not {split!r}; choose with --split"
         )
     return data[split]
-
-
-def _reason(error: Exception) -> str:
-    cause = error.__cause__ or error
-    return str(cause).strip().splitlines()[0] if str(cause).strip() else type(cause).__name__

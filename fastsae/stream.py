@@ -12,16 +12,12 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from datasets import IterableDataset
-from datasets.exceptions import DatasetGenerationError
-from pyarrow import ArrowInvalid
 
-from .errors import ArtifactError
+from .errors import ArtifactError, first_line
 from .rows import MapRows, Row, RowSource, check_same_data, collate
+from .sources import UNREADABLE
 
 logger = logging.getLogger("fastsae")
-
-UNREADABLE = (UnicodeDecodeError, ArrowInvalid, DatasetGenerationError, OSError, ValueError)
-"""What reading a damaged or vanished file raises, somewhere below."""
 
 
 class TokenStream(RowSource):
@@ -120,8 +116,7 @@ def readable(read: Callable[[], Any]) -> Any:
     except ArtifactError:
         raise
     except UNREADABLE as error:
-        cause = error.__cause__ or error
         raise ArtifactError(
-            f"dataset: could not read on: {str(cause).strip().splitlines()[0] or type(cause).__name__}; "
+            f"dataset: could not read on: {first_line(error.__cause__ or error)}; "
             "text files must be UTF-8, and hub datasets within reach"
         ) from None

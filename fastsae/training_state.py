@@ -18,7 +18,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from .errors import ArtifactError, CheckpointError
+from .errors import ArtifactError, CheckpointError, first_line
 from .state_files import read_files, to_disk, write_files
 
 logger = logging.getLogger("fastsae")
@@ -81,7 +81,7 @@ def _written(run: Path, step: int) -> Iterator[None]:
     except (OSError, SafetensorError) as error:
         shutil.rmtree(_beside(run, step), ignore_errors=True)
         raise ArtifactError(
-            f"output: could not write {run / STATE / f'step-{step}'}: {str(error).strip().splitlines()[0]}; what was "
+            f"output: could not write {run / STATE / f'step-{step}'}: {first_line(error)}; what was "
             f"saved before is still there. Free some space, then: fastsae train --resume {run}"
         ) from None
 

@@ -1,6 +1,9 @@
 """From files of every kind to packed tokens."""
 
+import bz2
+import gzip
 import json
+import lzma
 from itertools import chain
 from pathlib import Path
 
@@ -136,12 +139,37 @@ def test_context_is_lowered_to_the_models_out_loud(tmp_path, tokenizer, model_co
     ("name", "message"),
     [
         ("./nothing-here", "expected a file, a folder or a hub id, got './nothing-here'"),
+        ("corpus.jsonl", "expected a file, a folder or a hub id, got 'corpus.jsonl', which does not exist here"),
         ("org/none", "expected a hub id, a file or a folder, got 'org/none'.*'stdlib' needs none of them"),
     ],
 )
 def test_missing_datasets(name, message):
     with pytest.raises(ArtifactError, match=message):
         load_data(name, RunConfig())
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize(("suffix", "module"), [(".gz", gzip), (".bz2", bz2), (".xz", lzma)])
+def test_compressed_files(tmp_path, suffix, module, streaming):
+    write_files(tmp_path, "jsonl")
+    packed = tmp_path / f"a.jsonl{suffix}"
+    packed.write_bytes(module.compress((tmp_path / "a.jsonl").read_bytes()))
+    (tmp_path / "a.jsonl").unlink()
+    for name in (packed, tmp_path):
+        rows = load_data(str(name), RunConfig(streaming=streaming, max_examples=9))
+        assert [row["text"] for row in rows] == TEXTS
+    packed.write_bytes(packed.read_bytes()[:-9])
+    with pytest.raises(ArtifactError, match=rf"could not read .*a.jsonl{suffix} as json: .*end-of-stream"):
+        load_data(str(packed), RunConfig(streaming=streaming, max_examples=9))
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("suffix", ["json", "jsonl", "csv", "parquet", "arrow"])
+def test_files_without_a_byte(tmp_path, tokenizer, model_config, suffix, streaming):
+    (tmp_path / f"a.{suffix}").touch()
+    run = RunConfig(streaming=streaming, max_examples=9)
+    with pytest.raises(ArtifactError, match=r"dataset: (could not read|expected at least one row)"):
+        load_tokens(str(tmp_path / f"a.{suffix}"), run, tokenizer, model_config)
 
 
 def test_folders_that_are_no_dataset(tmp_path):

@@ -1,6 +1,7 @@
 """``fastsae eval`` end to end: held-out data found again, folders side by side, eval.json, mistakes."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from fastsae.errors import ArtifactError
 from fastsae.eval.tokens import evaluation_tokens
 from fastsae.model import load_tokenizer
 from fastsae.rows import split_held_out
-from fastsae.saved import check_origin, load_coders, run_record
+from fastsae.saved import check_origin, default_model, load_coders, run_record
 
 DATA = {"ctx_len": 32, "max_tokens": 2560}
 
@@ -123,6 +124,30 @@ def test_origins(tmp_path):
     assert torch.equal(load_coders(str(tmp_path))["elsewhere"].W_dec, coder.W_dec)
 
 
+def test_the_model_is_the_runs_or_what_all_coders_name():
+    coders = [FastSae(8, SaeConfig(num_latents=16, k=2)) for _ in range(2)]
+    assert default_model({"model": "gpt2"}, coders) == "gpt2"
+    coders[0].notes = {"model": "demo"}
+    assert default_model({}, coders[:1]) == "demo"
+    coders[1].notes = {"model": "gpt2"}
+    for unclear in (coders, [FastSae(8, SaeConfig(num_latents=16, k=2))], []):
+        with pytest.raises(ArtifactError, match="do not say which model they were trained on; name one"):
+            default_model({}, unclear)
+
+
+def test_coders_away_from_their_run_know_their_model(trained, capsys, tmp_path):
+    shutil.copytree(trained[0] / "h.1", tmp_path / "h.1")
+    code, _, err = run(capsys, "eval", str(tmp_path))
+    assert code == 2
+    assert "dataset" in one_line(err)
+    output = str(tmp_path / "eval.json")
+    code, _, err = run(
+        capsys, "eval", str(tmp_path), "demo", "stdlib", "--no-ce", "--sequences", "2", "--output", output
+    )
+    assert code == 0, err
+    assert json.loads((tmp_path / "eval.json").read_text())["model"] == "demo"
+
+
 def test_other_libraries_coders_are_read(tmp_path):
     from fastsae.compat.convert import convert
 
@@ -140,6 +165,7 @@ def test_other_libraries_coders_are_read(tmp_path):
     ("arguments", "message"),
     [
         (["eval", "./nowhere", "demo"], "error: coders: expected a run's folder or a hub id, got './nowhere'"),
+        (["eval", "nowhere"], "error: coders: expected a run's folder or a hub id, got 'nowhere'"),
         (["eval", "RUN", "./nowhere"], "error: model: expected a folder or hub id, got './nowhere'"),
         (["eval", "RUN", "--hookpoints", "h.7"], "error: expected coders matching 'h.7'"),
         (["eval", "RUN", "GPT2"], "got one trained on demo"),

@@ -17,7 +17,7 @@ import torch
 from rich.console import Console
 
 from .. import ops
-from ..errors import ArtifactError, ConfigError
+from ..errors import ArtifactError, ConfigError, first_line
 from .cases import chosen_encoder, contestants
 from .problem import Problem, make_problem
 from .report import Row, device_name, environment, legend, remarks, row_record, shape_table, to_json, write_json
@@ -40,12 +40,12 @@ def measure(op: str, p: Problem, implementations: list[str], clock: Clock, effor
             runs[name] = prepared[name]()
             row = row._replace(verdict=judge(op, p, runs[name](), by_torch), peak_mib=clock.peak_mib(runs[name]))
         except torch.OutOfMemoryError as error:
-            row = row._replace(skipped=_first_line(error))
+            row = row._replace(skipped=first_line(error))
         except Exception as error:  # one contestant's trouble must not hide the others' results
             if name == "torch" or (name not in implementations and isinstance(error, ValueError)):
-                row = row._replace(skipped=_first_line(error))  # a dtype torch lacks, a shape that one path refuses
+                row = row._replace(skipped=first_line(error))  # a dtype torch lacks, a shape that one path refuses
             else:
-                row = row._replace(verdict=Verdict({}, f"raised {type(error).__name__}: {_first_line(error)}"))
+                row = row._replace(verdict=Verdict({}, f"raised {type(error).__name__}: {first_line(error)}"))
         by_torch = row.verdict if name == "torch" else by_torch
         rows[name] = row
     rows = [rows[name] for name in prepared]
@@ -54,10 +54,6 @@ def measure(op: str, p: Problem, implementations: list[str], clock: Clock, effor
     ready = {row.implementation: runs[row.implementation] for row in rows if row.verdict}
     times = time_rounds(clock, ready, effort)
     return [row._replace(times=times.get(row.implementation, ())) for row in rows]
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def bench(cfg: BenchConfig) -> int:
@@ -119,7 +115,7 @@ def _measure_shape(shape, dtype, device, implementations, clock, quick, notes):
         _ = p.centered, p.best  # inputs and truth are made once, outside every measurement
     except torch.OutOfMemoryError as error:
         for op in OPS:
-            yield op, [Row(op, name, skipped=_first_line(error)) for name in implementations]
+            yield op, [Row(op, name, skipped=first_line(error)) for name in implementations]
         return
     for op in OPS:
         notes.print(f"{shape.name} {op}", highlight=False)

@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from ..errors import CheckpointError
+from ..errors import CheckpointError, first_line
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -34,8 +34,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
-        first_line = str(error).splitlines()[0]
-        raise CheckpointError(f"{path}: not readable as YAML ({first_line})") from None
+        raise CheckpointError(f"{path}: not readable as YAML ({first_line(error)})") from None
     if not isinstance(values, dict):
         raise CheckpointError(f"{path}: expected a YAML mapping, got {type(values).__name__}")
     return values
@@ -65,8 +64,7 @@ def read_torch(path: Path) -> dict[str, Any]:
             "other code to be run, which is not done; ask its author for a state_dict"
         ) from None
     except (RuntimeError, OSError, EOFError, ValueError, KeyError, IndexError, AttributeError, TypeError) as error:
-        first_line = (str(error).splitlines() or [type(error).__name__])[0]
-        raise CheckpointError(f"{path}: not a readable torch file ({first_line})") from None
+        raise CheckpointError(f"{path}: not a readable torch file ({first_line(error)})") from None
     if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
         raise CheckpointError(f"{path}: expected a dict of tensors by name, got {type(values).__name__}")
     return values

@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..errors import ConfigError, LostRankError
+from ..errors import ConfigError, LostRankError, first_line
 
 TIMEOUT = timedelta(minutes=30)
 """The longest that ranks wait for each other in a step: a checkpoint is written meanwhile."""
@@ -200,7 +200,7 @@ def peers_needed(world: World) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise LostRankError(
-            f"rank {world.rank} stops: another rank ended, failed or did not answer, and says why itself ({reason})"
+            f"rank {world.rank} stops: another rank ended, failed or did not answer, and says why itself "
+            f"({first_line(error)})"
         ) from error

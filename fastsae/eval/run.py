@@ -28,13 +28,12 @@ logger = logging.getLogger("fastsae")
 def eval_run(source: str, model_name: str | None, dataset: str | None, options: dict[str, Any]) -> Evaluation:
     """Evaluate as the command line asks, print the tables, write eval.json and say where."""
     record = run_record(source)
-    model_name = model_name or default_model(record)
     run: RunConfig = build(RunConfig, options)
+    coders = _coders(source, build(EvalConfig, {**options, "exclude_tokens": ()}), resolve_device(run.device))
+    model_name = model_name or default_model(record, coders[next(iter(coders))].values())
     options = with_excluded_ids(options, lambda: load_tokenizer(model_name, run))
     defaults = {"exclude_tokens": tuple(record.get("exclude_tokens", ()))} if "exclude_tokens" not in options else {}
     cfg: EvalConfig = dataclasses.replace(build(EvalConfig, options), **defaults)
-    device = resolve_device(run.device)
-    coders = _coders(source, cfg, device)
     config = load_config(model_name, run)
     for name, coder in () if cfg.force else ((n, c) for group in coders.values() for n, c in group.items()):
         check_origin(name, coder, model_name)  # before the work of loading model and data

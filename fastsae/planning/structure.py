@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from ..coders import find_hookpoints
 from ..config import TrainConfig
-from ..errors import ArtifactError
+from ..errors import ArtifactError, first_line
 from ..hookpoints import Hookpoint
 from ..hooks import run_hooked
 from ..model import empty_model
@@ -102,7 +102,7 @@ def _live(model, hookpoints: dict[str, Hookpoint], ctx_len: int, batch_size: int
         except Exception as error:
             raise ArtifactError(
                 f"model: expected {type(model).__name__} to run on {batch_size} x {ctx_len} tokens without weights, "
-                f"got {type(error).__name__}: {str(error).strip().splitlines()[0]}; lower --ctx-len"
+                f"got {type(error).__name__}: {first_line(error)}; lower --ctx-len"
             ) from error
     return at, live.peak, flops.get_total_flops()
 

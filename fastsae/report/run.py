@@ -38,8 +38,8 @@ def report_run(
     record = run_record(source)
     cfg: ReportConfig = build(ReportConfig, options)
     run: RunConfig = build(RunConfig, options)
-    model_name = model_name or default_model(record)
     coders = load_coders(source, resolve_device(run.device), hookpoints=cfg.hookpoints)
+    model_name = model_name or default_model(record, coders.values())
     for name, coder in () if cfg.force else coders.items():
         check_origin(name, coder, model_name)
     config, tokenizer = load_config(model_name, run), load_tokenizer(model_name, run)
