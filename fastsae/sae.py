@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from . import loss, ops
 from .coder_config import SaeConfig
 from .coder_files import CoderFiles
-from .errors import CheckpointError, ConfigError
+from .coder_inputs import as_rows, check_activations, check_active
+from .errors import CheckpointError
 from .ops import EncoderOutput, Peers
 
 
@@ -94,6 +95,10 @@ class FastSae(CoderFiles):
         """L, of all ranks where latents are split over some."""
         return self.num_latents if self.peers is None else self.peers.num_latents
 
+    @property
+    def _hookpoint(self) -> str:
+        return str(self.notes.get("hookpoint", ""))
+
     def over_slices(self, part: Tensor) -> Tensor:
         """The sum of a tensor over the ranks that hold this coder's latents; may overwrite ``part``."""
         return part if self.peers is None else self.peers.sum(part)
@@ -116,12 +121,13 @@ class FastSae(CoderFiles):
         Larger activations come first; K is k, for BatchTopK about as many as the token with the most needs.
         ``pre_acts``, the dense matrix that fusion exists to avoid, is made only on request.
         """
-        self._check_width("x", x, self.d_in)
+        check_activations("x", x, self.d_in, self._hookpoint)
         out = self._encode(x.reshape(-1, self.d_in), self.cfg.k, return_pre_acts=return_pre_acts)
         return EncoderOutput(*(None if t is None else t.reshape(*x.shape[:-1], t.shape[-1]) for t in out))  # type: ignore[arg-type]
 
     def decode(self, top_acts: Tensor, top_indices: Tensor) -> Tensor:
         """Reconstruction [..., E] of activations [..., K] of the latents [..., K]."""
+        check_active(top_acts, top_indices)
         k = top_acts.shape[-1]
         flat = self._decode(top_acts.reshape(-1, k), top_indices.reshape(-1, k)) + self.b_dec
         return flat.reshape(*top_acts.shape[:-1], self.d_out)
@@ -169,26 +175,7 @@ class FastSae(CoderFiles):
         )  # fmt: skip
 
     def _rows(self, x: Tensor, y: Tensor | None) -> tuple[torch.Size, Tensor, Tensor]:
-        """(leading dimensions, x [N, D], y [N, E]) of x [..., D] and y [..., E], by default x itself."""
-        self._check_width("x", x, self.d_in)
-        if y is None and self.d_out != self.d_in:
-            raise ConfigError(
-                f"expected y of width {self.d_out} beside x of width {self.d_in} for this transcoder, got none; "
-                "give it what the module made of x"
-            )
-        y = x if y is None else y
-        self._check_width("y", y, self.d_out)
-        if y.shape[:-1] != x.shape[:-1]:
-            raise ConfigError(f"expected as many rows of y as of x, {list(x.shape)}, got {list(y.shape)}")
-        return x.shape[:-1], x.reshape(-1, self.d_in), y.reshape(-1, self.d_out)
-
-    def _check_width(self, name: str, tensor: Tensor, width: int) -> None:
-        if tensor.ndim == 0 or tensor.shape[-1] != width:
-            at = f" ({self.notes['hookpoint']})" if "hookpoint" in self.notes else ""
-            raise ConfigError(
-                f"expected {name} of width {width} for this coder{at}, got shape {list(tensor.shape)}; "
-                "give it the activations of the hookpoint it was trained on"
-            )
+        return as_rows(x, y, self.d_in, self.d_out, self._hookpoint)
 
     def _encode(self, x: Tensor, k: int, **options) -> EncoderOutput:
         options.setdefault("activation", self.cfg.activation)

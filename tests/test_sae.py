@@ -144,6 +144,25 @@ def test_other_widths_are_refused_and_empty_batches_are_fine():
     assert sae.encode(torch.zeros(0, 7, dtype=torch.float64)).top_acts.shape == (0, 4)
 
 
+def test_what_no_coder_can_take_is_said():
+    coder = FastSae(7, SaeConfig(num_latents=16, k=2))
+    for call in (coder, coder.encode):
+        with pytest.raises(ConfigError, match=r"expected x in a floating-point dtype for this coder, got torch.int64"):
+            call(torch.ones(3, 7, dtype=torch.int64))
+    with pytest.raises(ConfigError, match=r"expected y in a floating-point dtype"):
+        coder(torch.ones(3, 7), torch.ones(3, 7, dtype=torch.bool))
+    for acts, indices in (
+        (torch.ones(2, 4), torch.zeros(2, 3, dtype=torch.int64)),
+        (torch.ones(2, 4), torch.zeros(4, 2, dtype=torch.int64)),
+        (torch.ones(2, 4), torch.zeros(2, 4)),
+        (torch.tensor(1.0), torch.tensor(0)),
+    ):
+        with pytest.raises(ConfigError, match=r"expected top_acts \[..., K\] and as many integers in top_indices, got"):
+            coder.decode(acts, indices)
+    narrow = coder.decode(torch.ones(2, 4), torch.tensor([[0, 1, 2, 15]] * 2, dtype=torch.int32))
+    assert torch.equal(narrow, coder.decode(torch.ones(2, 4), torch.tensor([[0, 1, 2, 15]] * 2)))
+
+
 def test_pre_acts_on_request():
     sae = make()
     x = torch.randn(5, 7, dtype=torch.float64)
