@@ -1,6 +1,7 @@
 """README's comparison table, made of raw results: ``python benchmarks/peers/table.py benchmarks/results/FILE``.
 
 Prints Markdown; with ``--write README.md`` replaces what stands between the two ``peers-table`` comments there.
+``--chart FILE.svg`` draws the times, too.
 """
 
 from __future__ import annotations
@@ -10,13 +11,19 @@ import json
 import re
 from pathlib import Path
 
+from chart import draw
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results", nargs="+", type=Path)
     parser.add_argument("--write", type=Path)
+    parser.add_argument("--chart", type=Path)
     args = parser.parse_args()
-    text = "\n\n".join(table(json.loads(path.read_text()), path) for path in args.results)
+    records = {path: json.loads(path.read_text()) for path in args.results}
+    text = "\n\n".join(table(record, path) for path, record in records.items())
+    if args.chart is not None:
+        draw(list(records.values()), args.chart)
     if args.write is None:
         print(text)
         return
