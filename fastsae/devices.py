@@ -15,11 +15,9 @@ from .tensor_parallel import plan_options
 
 
 def resolve_device(device: str | None) -> torch.device:
-    """The device asked for, checked; by default cuda where there is one, else mps, else cpu."""
+    """The device asked for, checked; by default cuda where there is one, else cpu; mps has no kernels."""
     if device is None:
-        return torch.device(
-            "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-        )
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         wanted = torch.device(device)
     except RuntimeError:

@@ -61,6 +61,6 @@ def loss_and_gradient(
         else:
             log_q = log_probabilities(clean[i])
             losses, d_logits = divergences(log_q, log_p), log_p.exp() - log_q.exp()
-        total += torch.where(counts, losses, 0).sum(dtype=torch.float64).cpu() / max(1, count)
+        total += torch.where(counts, losses, 0).cpu().sum(dtype=torch.float64) / max(1, count)
         gradient[i, : len(d_logits)] = torch.where(counts[:, None], d_logits, 0) / max(1, count)
     return total, gradient

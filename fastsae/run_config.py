@@ -52,7 +52,7 @@ class RunConfig:
     """Processes that tokenise; by default half the CPU cores."""
 
     device: str | None = None
-    """Device of model and coders; by default cuda where there is one, else mps, else cpu."""
+    """Device of model and coders; by default cuda where there is one, else cpu (mps: plain PyTorch, no kernels)."""
 
     device_map: str | None = None
     """Spread a model that is larger than one device: auto, balanced, balanced_low_0, sequential, or a JSON object of

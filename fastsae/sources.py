@@ -5,13 +5,11 @@
 
 from __future__ import annotations
 
-import lzma
-import zlib
 from pathlib import Path
 from typing import Any
 
 from datasets import Dataset, DatasetDict, IterableDataset, load_dataset, load_from_disk
-from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
+from datasets.exceptions import DatasetNotFoundError
 from pyarrow import ArrowInvalid
 
 from . import demo
@@ -19,15 +17,13 @@ from .errors import ArtifactError, first_line
 from .hub import check_repository, close_by, looks_local
 from .memmap import SUFFIX as MEMMAP_SUFFIX
 from .run_config import RunConfig
+from .stream import UNREADABLE
 
 DEFAULT_DATASET = "EleutherAI/SmolLM2-135M-10B"
 """What ``fastsae train MODEL`` trains on, as sparsify does."""
 
 _BUILDERS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".csv": "csv", ".txt": "text", ".arrow": "arrow"}
 _COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
-
-UNREADABLE = (ValueError, DatasetGenerationError, OSError, EOFError, zlib.error, lzma.LZMAError)
-"""What reading a damaged or vanished file raises, somewhere below."""
 
 
 def load_data(name: str, run: RunConfig) -> Dataset | IterableDataset:
@@ -117,7 +113,7 @@ def _load_hub(name: str, run: RunConfig) -> Dataset | IterableDataset:
     check_repository("dataset", name, revision=options.get("revision"), token=run.hf_token)
     try:
         return load_dataset(name, split=run.split, streaming=run.streaming, token=run.hf_token, **options)
-    except (DatasetNotFoundError, DatasetGenerationError, ValueError, TypeError, OSError) as error:
+    except (DatasetNotFoundError, TypeError, *UNREADABLE) as error:
         raise ArtifactError(
             f"dataset: expected a hub id, a file or a folder, got {name!r}: {first_line(error.__cause__ or error)} "
             "Check the name, the network, --data-args and --hf-token; 'stdlib' needs none of them"

@@ -7,17 +7,22 @@ the state: S tokens each, 1024 rows by default (16 MB at S = 2048).
 from __future__ import annotations
 
 import logging
+import lzma
 import random
+import zlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
 from datasets import IterableDataset
+from datasets.exceptions import DatasetGenerationError
 
 from .errors import ArtifactError, first_line
 from .rows import MapRows, Row, RowSource, check_same_data, collate
-from .sources import UNREADABLE
 
 logger = logging.getLogger("fastsae")
+
+UNREADABLE = (ValueError, DatasetGenerationError, OSError, EOFError, zlib.error, lzma.LZMAError)
+"""What reading a damaged or vanished file raises, somewhere below."""
 
 
 class TokenStream(RowSource):

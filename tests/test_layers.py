@@ -25,7 +25,7 @@ FLOORS = {
     "fastsae": [
         "errors interrupt version demo token_text deferred",
         "fields finetune hub integrity memmap ops origin placement rows tensor_parallel token_shuffle",
-        "coder_config encode_config coder_folders",
+        "coder_config coder_inputs encode_config coder_folders",
         "config_checks",
         "config run_config stream state_files",
         "tokens options training_state devices",

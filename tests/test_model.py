@@ -7,7 +7,7 @@ import torch
 from models import make_model, save_model
 from transformers import T5Config, T5EncoderModel, T5ForConditionalGeneration
 
-from fastsae import RunConfig, load_model, load_tokenizer
+from fastsae import RunConfig, devices, load_model, load_tokenizer
 from fastsae.errors import ArtifactError, ConfigError
 from fastsae.hookpoints import layer_hookpoints, probe
 
@@ -44,8 +44,6 @@ def test_8_bits_need_a_gpu():
 
 
 def test_8_bits_need_bitsandbytes(monkeypatch):
-    from fastsae import devices
-
     monkeypatch.setattr(devices, "resolve_device", lambda _: torch.device("cuda"))
     monkeypatch.setattr(devices, "resolve_dtype", lambda *_: torch.float16)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "bitsandbytes" else object())
@@ -99,3 +97,12 @@ def test_a_folder_of_a_similar_name_is_suggested(tmp_path, monkeypatch):
 def test_an_empty_folder(tmp_path):
     with pytest.raises(ArtifactError, match="model: expected a Hugging Face hub id or a folder saved by"):
         load_model(str(tmp_path), RunConfig(device="cpu"))
+
+
+def test_the_default_device_has_kernels(monkeypatch):
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert devices.resolve_device(None) == torch.device("cpu")  # and not Metal, which fastsae knows no kernels for
+    assert devices.resolve_device("mps") == torch.device("mps")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert devices.resolve_device(None) == torch.device("cuda")

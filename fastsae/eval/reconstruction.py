@@ -83,8 +83,8 @@ def decoder_cosines(W_dec: Tensor, sample: int = 4096) -> DecoderCosines:  # [L,
     largest = torch.cat([_largest_other(rows, part) for part in chosen.split(256)]) if count > 1 else rows.new_zeros(1)
     median, p99 = largest.quantile(torch.tensor([0.5, 0.99], device=largest.device)).tolist()
     return DecoderCosines(
-        rows=len(chosen), mean=largest.double().mean().item(), median=median, p99=p99,
-        largest=largest.max().item(), above_90=(largest > 0.9).double().mean().item(),
+        rows=len(chosen), mean=exact(largest).mean().item(), median=median, p99=p99,
+        largest=largest.max().item(), above_90=exact(largest > 0.9).mean().item(),
     )  # fmt: skip
 
 
