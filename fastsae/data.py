@@ -14,10 +14,10 @@ from typing import Any
 from datasets import IterableDataset
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
+from .collation import token_ids
 from .errors import ArtifactError
 from .hub import looks_local
 from .memmap import SUFFIX, MemmapTokens
-from .rows import token_ids
 from .run_config import RunConfig
 from .sources import is_saved, load_data
 from .stream import TokenStream, first_row, readable

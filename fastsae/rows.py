@@ -12,13 +12,10 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from .errors import ArtifactError, CheckpointError
-
-Row = Mapping[str, Any]
-"""``input_ids`` of S integers, and where there is padding an ``attention_mask`` of S zeros and ones."""
+from .collation import Row, check_rows, collate, idle, token_ids
+from .errors import CheckpointError
 
 
 class RowSource(ABC):
@@ -51,7 +48,7 @@ class RowSource(ABC):
 
     def collate(self, rows: list[Row]) -> dict[str, Tensor]:
         """A batch of ``rows``; of none, one with nothing to train on, on which the model runs all the same."""
-        return collate(rows) if rows else _idle()
+        return collate(rows) if rows else idle()
 
     def state_dict(self) -> dict[str, Any]:
         """Where the cursor is: plain numbers, texts, lists, dicts, and tensors."""
@@ -146,17 +143,13 @@ class Batches:
             yield {key: tensor.pin_memory() for key, tensor in batch.items()} if self._pin else batch
 
 
-def _idle() -> dict[str, Tensor]:
-    """A batch of nothing, on which the model runs all the same."""
-    ids = torch.zeros(1, 1, dtype=torch.int64)
-    return {"input_ids": ids, "counts": torch.zeros_like(ids, dtype=torch.bool)}
-
-
 def split_held_out(dataset: Any, wanted: int) -> tuple[RowSource, RowSource]:
     """(rows to train on, rows held out): at most ``wanted``, and at most a twentieth, are held out.
 
     ``dataset`` is a :class:`RowSource`, or anything with ``len`` and ``[i]``.
     """
+    if not isinstance(dataset, RowSource):
+        check_rows(dataset)
     rows = dataset if isinstance(dataset, RowSource) else MapRows(dataset)
     return rows, rows.hold_out(held_out_sequences(wanted, rows.sequences))
 
@@ -174,32 +167,3 @@ def check_same_data(expected: Mapping[str, Any], state: Mapping[str, Any]) -> No
                 f"resume: expected the data that the run started with, with {key} = {state.get(key)!r}, got {value!r}; "
                 "give the same dataset, --ctx-len, --shuffle-seed and limits"
             )
-
-
-def collate(rows: list[Row]) -> dict[str, Tensor]:
-    """Rows of equally many tokens -> ``input_ids [B, S]``, and ``attention_mask [B, S]`` where rows have one."""
-    keys = [key for key in ("input_ids", "attention_mask") if key in rows[0]]
-    batch = {key: [token_ids(row.get(key), key) for row in rows] for key in keys}
-    lengths = sorted({len(ids) for ids in batch["input_ids"]})
-    if len(lengths) > 1:
-        raise ArtifactError(
-            f"dataset: expected input_ids of one length, got lengths from {lengths[0]} to {lengths[-1]}; pack them, "
-            "pad them with an attention_mask, or bring the text instead of input_ids"
-        )
-    return {key: torch.stack(tensors) for key, tensors in batch.items()}
-
-
-def token_ids(value: Any, column: str = "input_ids") -> Tensor:
-    """One row's integers as int64 [S]; raises :class:`ArtifactError` for anything else."""
-    try:
-        ids = torch.as_tensor(value)
-    except (TypeError, ValueError, RuntimeError):
-        ids = None
-    numbers = ids is not None and ids.ndim == 1 and not (len(ids) and (ids.is_floating_point() or ids.is_complex()))
-    if ids is None or not numbers:
-        came = type(value).__name__ if ids is None else f"{ids.dtype} {list(ids.shape)}".removeprefix("torch.")
-        raise ArtifactError(
-            f"dataset: expected a list of integers per row in {column!r}, got {came} {str(value)[:40]!r}; "
-            "bring token ids, or the text in another column (--text-column) without 'input_ids'"
-        )
-    return ids.long()

@@ -16,8 +16,9 @@ from typing import Any
 from datasets import IterableDataset
 from datasets.exceptions import DatasetGenerationError
 
+from .collation import Row, collate
 from .errors import ArtifactError, first_line
-from .rows import MapRows, Row, RowSource, check_same_data, collate
+from .rows import MapRows, RowSource, check_same_data
 
 logger = logging.getLogger("fastsae")
 

@@ -267,5 +267,10 @@ def _model_pass(model: PreTrainedModel, cfg: TrainConfig) -> ModelPass:
             "activations: expected a Trainer of cached activations, got a model; make both of its arguments with: "
             "rows, source = training_data(CachedActivations(cfg.activations), cfg)"
         )
+    if not (hasattr(model, "base_model") and hasattr(model, "config")):
+        raise ConfigError(
+            f"model: expected a model of transformers, got {type(model).__name__} {str(model)[:40]!r}; "
+            "load one with fastsae.load_model(NAME, RunConfig()) or AutoModel.from_pretrained"
+        )
     hookpoints = find_hookpoints(model, cfg)
     return ModelPass(model, hookpoints, transcode=cfg.sae.transcode, exclude_tokens=cfg.exclude_tokens)

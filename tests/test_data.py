@@ -13,9 +13,9 @@ from datasets import Dataset, DatasetDict
 from transformers import AutoTokenizer
 
 from fastsae import RunConfig, demo
+from fastsae.collation import collate
 from fastsae.data import load_tokens
 from fastsae.errors import ArtifactError, ConfigError
-from fastsae.rows import collate
 from fastsae.sources import load_data
 from fastsae.tokens import tokenize
 

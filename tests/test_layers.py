@@ -24,8 +24,8 @@ FLOORS = {
     ],
     "fastsae": [
         "errors interrupt version demo token_text deferred",
-        "fields finetune hub integrity memmap ops origin placement rows tensor_parallel token_shuffle",
-        "coder_config coder_inputs encode_config coder_folders",
+        "collation fields finetune hub integrity memmap ops origin placement tensor_parallel token_shuffle",
+        "coder_config coder_inputs encode_config coder_folders rows",
         "config_checks",
         "config run_config stream state_files",
         "tokens options training_state devices",

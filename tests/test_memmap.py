@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 import torch
 
+from fastsae.collation import collate
 from fastsae.errors import ArtifactError
 from fastsae.memmap import MemmapTokens
-from fastsae.rows import MapRows, collate
+from fastsae.rows import MapRows
 
 IDS = np.arange(1, 103) * 7
 

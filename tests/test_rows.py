@@ -2,10 +2,12 @@
 
 import pytest
 import torch
+from datasets import Dataset
 from models import token_rows
 
+from fastsae.collation import collate
 from fastsae.errors import ArtifactError, CheckpointError
-from fastsae.rows import Batches, MapRows, collate, split_held_out
+from fastsae.rows import Batches, MapRows, split_held_out
 
 ROWS = [{"input_ids": [i, i + 1]} for i in range(45)]
 
@@ -78,3 +80,20 @@ def test_the_cursor_of_other_data_is_refused(other, message):
 def test_rows_that_hold_no_token_ids(value):
     with pytest.raises(ArtifactError, match="expected a list of integers per row in 'input_ids', got"):
         collate([{"input_ids": value}])
+
+
+@pytest.mark.parametrize(
+    ("dataset", "came"),
+    [
+        ([[1, 2], [3, 4]], "got list of list"),
+        (torch.ones(3, 4, dtype=torch.int64), "got Tensor of Tensor"),
+        (Dataset.from_dict({"text": ["a"]}), "got Dataset with text"),
+        (({"input_ids": [1]} for _ in range(3)), "got generator;"),
+        (torch.utils.data.DataLoader([{"input_ids": [1]}]), "got DataLoader;"),
+        ({"input_ids": [[1, 2]]}, r"got dict, which knows no \[0\]"),
+        ("stdlib", "got str of str"),
+    ],
+)
+def test_what_is_no_dataset_is_said_at_once(dataset, came):
+    with pytest.raises(ArtifactError, match=rf"dataset: expected rows like .*, {came}"):
+        split_held_out(dataset, 1)

@@ -48,6 +48,13 @@ def test_trains_every_architecture(tmp_path, architecture, pattern, names):
         assert (saved.notes["step"], saved.notes["tokens"]) == (11, 42 * 16)
 
 
+def test_what_is_no_model_is_said_at_once(tmp_path):
+    cfg = TrainConfig(SaeConfig(num_latents=16, k=2), save_dir=str(tmp_path))
+    for model in ("demo", torch.nn.Linear(3, 3)):
+        with pytest.raises(ConfigError, match=r"model: expected a model of transformers, got (str 'demo'|Linear 'Lin)"):
+            Trainer(cfg, [{"input_ids": [1, 2]}], model)
+
+
 def test_training_lowers_fvu(tmp_path):
     rows = token_rows(200, 16)
     trainer = Trainer(config(tmp_path, hookpoints=("h.1",), lr=0.01, log_every=5), rows, make_model("gpt2"))

@@ -16,11 +16,12 @@ from torch import Tensor
 
 from ..activations import ActivationSource, Use
 from ..coders import check_transcoder
+from ..collation import Row
 from ..config import TrainConfig
 from ..devices import resolve_device
 from ..errors import ConfigError, HookpointError
 from ..hookpoints import Hookpoint, match_names
-from ..rows import IndexedRows, Row
+from ..rows import IndexedRows
 from .order import TokenOrder
 from .read import CachedActivations
 

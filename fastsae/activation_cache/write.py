@@ -15,11 +15,12 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ..collation import Row
 from ..errors import ArtifactError, HookpointError
 from ..eval.batches import Batch, read_batches
 from ..hooks import run_hooked
 from ..integrity import sha256, write_beside
-from ..rows import Row, RowSource
+from ..rows import RowSource
 from .index import COUNTS, INDEX_FILE, INPUT, OUTPUT, Index, Shard, read_index
 
 

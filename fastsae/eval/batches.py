@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from ..batches import prepare
+from ..collation import collate
 from ..placement import entry_device
-from ..rows import collate
 
 
 class Batch(NamedTuple):

@@ -14,6 +14,7 @@ from rich.progress import Progress
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from ..collation import check_rows
 from ..errors import ArtifactError, CheckpointError, HookpointError
 from ..hooks import run_hooked, run_replaced
 from ..model_loss import check_has_head
@@ -79,6 +80,7 @@ def evaluate(
 class _Evaluator:
     def __init__(self, subjects: list[Subject], model: PreTrainedModel, tokens: Any, cfg: EvalConfig, name: str):
         self.subjects, self.model, self.tokens, self.cfg, self.model_name = subjects, model, tokens, cfg, name
+        check_rows(tokens)
         if len(tokens) == 0:
             raise ArtifactError("dataset: expected at least one sequence to evaluate on, got none")
         if cfg.ce:

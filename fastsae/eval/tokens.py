@@ -8,10 +8,11 @@ from typing import Any, NamedTuple
 
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
+from ..collation import Row
 from ..data import load_tokens
 from ..errors import ArtifactError
 from ..options import build
-from ..rows import Row, RowSource, split_held_out
+from ..rows import RowSource, split_held_out
 from ..run_config import RunConfig
 
 _OF_THE_DATA = (
