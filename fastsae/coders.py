@@ -113,19 +113,3 @@ def make_coders(
 
 def batch_mean(rows: Tensor) -> Tensor:  # [N, D] -> [D]
     return rows.float().mean(0)
-
-
-@torch.no_grad()
-def activation_size(y: Tensor, mean_of: Mean = batch_mean) -> dict[str, float]:  # [N, D]
-    """The norm of the activations' mean, and the mean of their norms: by these a coder knows its activations again."""
-    norms = mean_of(y.float().norm(dim=1, keepdim=True))[0]
-    values = torch.stack([mean_of(y).norm(), norms]).tolist()
-    return dict(zip(("activation_mean", "activation_norm"), values, strict=True))
-
-
-@torch.no_grad()
-def init_biases(coder: FastSae, x: Tensor, y: Tensor, mean_of: Mean = batch_mean) -> None:  # [N, D], [N, E]
-    """Centre a new coder on its first batch: b_dec is the targets' mean, and pre-activations have mean 0."""
-    coder.b_dec.copy_(mean_of(y))
-    if coder.cfg.transcode:  # encodes x itself: its mean is taken out by the bias
-        coder.encoder.bias.copy_(-(coder.encoder.weight @ mean_of(x).to(coder.dtype)))

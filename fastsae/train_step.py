@@ -19,19 +19,20 @@ from transformers import PreTrainedModel
 
 from .activations import ActivationSource, ModelPass, Use
 from .batches import prefetched
-from .coders import activation_size, coder_specs, find_hookpoints, init_biases, make_coders
+from .coders import coder_specs, find_hookpoints, make_coders
 from .config import TrainConfig
 from .distributed.shared_model import check_same_rows
 from .distributed.strategies import make_strategy
 from .distributed.world import World, current
 from .end_to_end import EndToEnd
 from .errors import ArtifactError, ConfigError
+from .first_batch import FirstBatches
 from .held_out import held_out_metrics
 from .metrics import TrainingMetrics
 from .micro_batches import MicroBatches
 from .optim import active_latents, apply_gradients, learning_rates, make_optimizer, make_schedule
 from .placement import check_one_process, is_spread
-from .pretrained import load_pretrained, warn_of_other_size
+from .pretrained import load_pretrained
 from .row_optimizer import RowOptimizer
 from .rows import Batches, split_held_out
 from .sae import FastSae
@@ -69,7 +70,8 @@ class StepTrainer:
         self._strategy = make_strategy(cfg, self.world, self.specs, device, shared=self.source.shared)
         own = {name: spec for name, spec in self.specs.items() if self._strategy.owns(name)}
         self.coders = make_coders(own, device, lambda spec: self._strategy.make(spec, cfg.implementation))
-        self._finetuned = {} if cfg.finetune is None else load_pretrained(self.coders, cfg.finetune, self._model_name())
+        finetuned = {} if cfg.finetune is None else load_pretrained(self.coders, cfg.finetune, self._model_name())
+        self.first_batches = FirstBatches(finetuned, self._strategy.mean_of)
         self.metrics = {name: TrainingMetrics(name, coder) for name, coder in self.coders.items()}
         self.end_to_end = None
         if cfg.loss_fn != "fvu" and self.source.shared:
@@ -88,8 +90,6 @@ class StepTrainer:
         self.step = 0
         self.tokens = 0
         self._seconds, self._start = 0.0, time.perf_counter()  # spent before this process, and its start
-        self._initialised = set(self._finetuned)
-        self._activation_sizes: dict[str, dict[str, float]] = {}  # by hookpoint, on its first batch
 
     def train_step(self, batches: list[dict[str, Tensor]], counts: list[int] | None = None) -> None:
         """One optimizer step on the summed gradients of ``batches`` (each with ``input_ids [B, S]``).
@@ -106,7 +106,7 @@ class StepTrainer:
             if count and self.end_to_end is None:
                 self._run(rows, train, at=f"step {self.step + 1}")
             elif count and self.end_to_end is not None:
-                if self.hookpoints.keys() - self._activation_sizes.keys():
+                if self.hookpoints.keys() - self.first_batches.sizes.keys():
                     self._run(rows, self._meet, at=f"step {self.step + 1}")  # as the model is, without coders in it
                 self.end_to_end.train(rows, share, self.step)
         self._strategy.reduce(self.coders, self.metrics)
@@ -151,15 +151,7 @@ class StepTrainer:
             self.metrics[name].watch(self.step + 1, variance)
 
     def _meet(self, hookpoint: str, x: Tensor, y: Tensor) -> None:
-        """What a hookpoint's first activations are for: their size, and the biases of new coders."""
-        if hookpoint not in self._activation_sizes:
-            self._activation_sizes[hookpoint] = activation_size(y, self._strategy.mean_of)
-        for name, coder in self._coders_at(hookpoint).items():
-            if name in self._finetuned:
-                warn_of_other_size(name, self._finetuned.pop(name), self._activation_sizes[hookpoint])
-            if name not in self._initialised:
-                init_biases(coder, x, y, self._strategy.mean_of)
-                self._initialised.add(name)
+        self.first_batches.meet(hookpoint, x, y, self._coders_at(hookpoint))
 
     def _coders_at(self, hookpoint: str) -> dict[str, FastSae]:
         return {name: coder for name, coder in self.coders.items() if name.partition("/")[0] == hookpoint}
@@ -215,8 +207,7 @@ class StepTrainer:
             "tokens": self.tokens,
             "seconds": time.perf_counter() - self._start,
             "micro_batches": self.micro_batches.parts,
-            "initialised": sorted(self._initialised),
-            "activation_sizes": self._activation_sizes,
+            **self.first_batches.state_dict(),
             "data": self._cursor(),
             "token_buffers": self._shuffles.state_dict(),
             **({} if self.end_to_end is None else {"end_to_end": self.end_to_end.state_dict()}),
@@ -240,8 +231,7 @@ class StepTrainer:
         parts_of_batch = max(self.cfg.micro_acc_steps, *(part["micro_batches"] for part in parts))
         self.micro_batches = MicroBatches(parts_of_batch, graphs=self.cfg.cuda_graph)
         self._shuffles.load_state_dict(self._own_buffers(parts))
-        self._initialised = {name for part in parts for name in part["initialised"]}
-        self._activation_sizes = {name: size for part in parts for name, size in part["activation_sizes"].items()}
+        self.first_batches.load_state_dicts(*parts)
 
     def _own_buffers(self, parts: tuple[dict[str, Any], ...]) -> dict[str, Any]:
         own = {name.partition("/")[0] for name in self.coders}

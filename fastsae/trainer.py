@@ -218,5 +218,5 @@ class Trainer(StepTrainer):
             "version": __version__, "model": self._model_name(), "step": self.step, "tokens": self.tokens,
             "hookpoint": hookpoint, "width": self.hookpoints[hookpoint].d_out,
             **({"revision": self.origin["revision"]} if self.origin.get("revision") else {}),
-            **self._activation_sizes.get(hookpoint, {}),
+            **self.first_batches.sizes.get(hookpoint, {}),
         }  # fmt: skip

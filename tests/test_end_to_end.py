@@ -102,7 +102,7 @@ def test_losses_and_gradients_are_float64_autograds(tmp_path, monkeypatch, loss_
         generator = torch.Generator().manual_seed(i)
         for parameter in coder.parameters():
             parameter.data += 0.05 * torch.randn(parameter.shape, generator=generator)
-    trainer._initialised |= set(trainer.coders)  # biases as they are
+    trainer.first_batches.initialised |= set(trainer.coders)  # biases as they are
     dead = {}
     if case == "auxk":
         dead = {"h.0": torch.arange(3, 40, 5), "h.1.mlp": torch.arange(0, 48, 2)}
@@ -149,7 +149,7 @@ def test_kl_and_its_gradient_are_zero_for_a_perfect_coder(tmp_path, monkeypatch)
         return out._replace(sae_out=out.sae_out + (x - out.sae_out).detach())
 
     monkeypatch.setattr(coder, "forward", perfect)
-    trainer._initialised.add("h.1")
+    trainer.first_batches.initialised.add("h.1")
     assert trainer.end_to_end is not None
     trainer.end_to_end.train({"input_ids": token_rows(4, 8)[:4]["input_ids"]}, 1.0, 0)
     assert abs(trainer.end_to_end.read()) < 1e-7
@@ -203,7 +203,7 @@ def test_accumulated_batches_are_the_mean_of_both(tmp_path):
 
     def after(batches, **options):
         trainer = make_trainer(tmp_path, "ce", rows, lr_warmup_steps=0, **options)
-        trainer._initialised |= set(trainer.coders)
+        trainer.first_batches.initialised |= set(trainer.coders)
         trainer.train_step(batches)
         return {f"{n}/{k}": t for n, c in trainer.coders.items() for k, t in c.state_dict().items()}, trainer
 

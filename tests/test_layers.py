@@ -38,6 +38,7 @@ FLOORS = {
         "optim",
         "metrics saved model_card held_out",
         "micro_batches pretrained trainer_state distributed",
+        "first_batch",
         "end_to_end",
         "train_step",
         "trainer eval encode push",

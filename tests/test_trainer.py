@@ -99,7 +99,7 @@ def test_accumulated_and_chunked_steps_equal_whole_ones(tmp_path):
     def after(batches, **options):
         trainer = Trainer(config(tmp_path, hookpoints=("h.1",), lr=0.01, **options), rows, make_model("gpt2"))
         trainer.coders["h.1"].b_dec.data.normal_(generator=torch.Generator().manual_seed(1))
-        trainer._initialised.add("h.1")
+        trainer.first_batches.initialised.add("h.1")
         trainer.train_step(batches)
         return weights(trainer), trainer.read_metrics()["fvu"]
 
@@ -182,7 +182,7 @@ def test_transcoders_of_two_widths_take_the_steps_taken_by_hand(tmp_path, hookpo
     for parameter in twin.parameters():  # a new coder's b_dec has a gradient of rounding errors: Adam would follow them
         parameter.data.normal_(std=0.1)
     trainer.coders[hookpoint].load_state_dict(twin.state_dict())
-    trainer._initialised.add(hookpoint)
+    trainer.first_batches.initialised.add(hookpoint)
     optimizer = torch.optim.Adam(twin.parameters())
     seen = []
     module = model.transformer.get_submodule(hookpoint)

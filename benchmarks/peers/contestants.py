@@ -53,7 +53,7 @@ class Fastsae:
 
     def __init__(self, s: Setting, *, graph: bool = False):
         from fastsae import FastSae, SaeConfig, TrainConfig, ops
-        from fastsae.coders import init_biases
+        from fastsae.first_batch import init_biases
         from fastsae.optim import make_optimizer
 
         torch.manual_seed(s.seed)
