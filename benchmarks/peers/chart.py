@@ -39,7 +39,8 @@ def panel(at: Any, results: dict[str, dict[str, Any]]) -> None:
     for name, result in results.items():
         times = result["median_ms"] / own
         at.barh(name, times, color=COLOURS.get(name, OTHERS), height=0.75)
-        at.text(times, name, f" {times:.1f} ×   {result['median_ms']:,.0f} ms", va="center", fontsize=8)
+        figures = f"{times:.1f} × ({result['median_ms']:,.0f} ms)"
+        at.annotate(figures, (times, name), (4, 0), textcoords="offset points", va="center", fontsize=8)
     at.invert_yaxis()
     at.tick_params(left=False, bottom=False, labelbottom=False)
     at.spines["bottom"].set_visible(False)
