@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 import shutil
@@ -15,19 +16,23 @@ from .errors import ArtifactError
 
 
 def create_run_folder(cfg: TrainConfig, model_name: str) -> Path:
-    """Make ``save_dir/run_name`` and return it; raises :class:`ArtifactError` if it is taken or not writable."""
+    """Make ``save_dir/run_name`` and return it; raises :class:`ArtifactError` if it is taken or not writable.
+
+    Without a ``run_name``, runs that begin in the same second get names of their own.
+    """
     name = cfg.run_name or default_name(model_name)
     if Path(name).name != name:
         raise ArtifactError(
             f"run_name: expected one folder name inside --save-dir, got {name!r}; use --save-dir for paths"
         )
     folder = Path(cfg.save_dir) / name
-    if folder.is_dir() and any(folder.iterdir()):
+    if cfg.run_name and folder.is_dir() and any(folder.iterdir()):
         raise ArtifactError(
             f"output: expected a new or empty folder, {folder} already holds files; choose another --run-name, "
             f"or go on with a run that was stopped: fastsae train --resume {folder}"
         )
     try:
+        folder = _made(folder) if cfg.run_name is None else folder
         folder.mkdir(parents=True, exist_ok=True)
         probe = folder / ".write-test"
         probe.touch()
@@ -40,15 +45,24 @@ def create_run_folder(cfg: TrainConfig, model_name: str) -> Path:
     return folder
 
 
+def _made(folder: Path) -> Path:
+    """A new folder of this name, or with ``-2``, ``-3``, ... behind it."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    for name in itertools.chain([folder.name], (f"{folder.name}-{i}" for i in itertools.count(2))):
+        with suppress(FileExistsError):
+            (made := folder.with_name(name)).mkdir()
+            return made
+    raise AssertionError  # there is always another name
+
+
 @contextmanager
 def claimed_run_folder(cfg: TrainConfig, model_name: str) -> Iterator[Path]:
-    """The run's folder, found writable but not made yet; a start that fails inside the block leaves nothing behind.
+    """The run's folder, made and found writable; a start that fails inside the block leaves nothing behind.
 
     What holds a coder or a line of metrics is a run, and stays.
     """
     parent_is_new = not Path(cfg.save_dir).exists()
     folder = create_run_folder(cfg, model_name)
-    folder.rmdir()
     try:
         yield folder
     except BaseException:

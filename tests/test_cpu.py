@@ -11,13 +11,17 @@ import sys
 
 import pytest
 import torch
-from fastsae_kernels import cpu, cpu_screen, reference, sparse_decode, topk_encode
+from fastsae_kernels import cpu, cpu_linear, cpu_screen, reference, sparse_decode, topk_encode
 from fastsae_kernels.cpu_sampled import sampled_products
 from fastsae_kernels.testing import assert_no_worse, make_inputs
 from torch import Tensor
 
 pytestmark = pytest.mark.usefixtures("two_threads")
 
+ONEDNN = [
+    False,
+    pytest.param(True, marks=pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="no oneDNN")),
+]
 SCREENS = [False, True]
 SHAPES = [  # N, D, L, k
     (1, 1, 1, 1),
@@ -28,6 +32,13 @@ SHAPES = [  # N, D, L, k
     (40, 24, 2048, 3),
     (65, 9, 4099, 31),
 ]
+
+
+@pytest.fixture(params=ONEDNN, ids=["blas", "onednn"])
+def library(request, monkeypatch):
+    """Float32 products by either of torch's libraries, whatever CPU this is."""
+    monkeypatch.setattr(cpu_linear, "_faster", lambda: request.param)
+    return request.param
 
 
 def integers(N: int, D: int, L: int, *, seed: int = 0, dtype: torch.dtype = torch.float32) -> tuple[Tensor, ...]:
@@ -64,7 +75,7 @@ def staircase(L: int, D: int = 8) -> tuple[Tensor, Tensor, Tensor]:
 
 @pytest.mark.parametrize("screen", SCREENS)
 @pytest.mark.parametrize("shape", SHAPES)
-def test_encode_equals_reference_with_ties_everywhere(shape, screen):
+def test_encode_equals_reference_with_ties_everywhere(shape, screen, library):
     N, D, L, k = shape
     x, weight, bias = integers(N, D, L)
     assert_same(cpu.encode(x, weight, bias, k, screen=screen), truth(x, weight, bias, k))
@@ -72,7 +83,7 @@ def test_encode_equals_reference_with_ties_everywhere(shape, screen):
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("screen", SCREENS)
-def test_encode_other_dtypes(dtype, screen):
+def test_encode_other_dtypes(dtype, screen, library):
     x, weight, bias = integers(21, 16, 1500, dtype=dtype)
     acts, indices = cpu.encode(x, weight, bias, 11, screen=screen)
     assert acts.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
@@ -80,7 +91,7 @@ def test_encode_other_dtypes(dtype, screen):
 
 
 @pytest.mark.parametrize("screen", SCREENS)
-def test_encode_real_values_regret_nothing(screen):
+def test_encode_real_values_regret_nothing(screen, library):
     inputs = make_inputs(123, 96, 3001, seed=1)
     acts, indices = cpu.encode(inputs.x, inputs.weight, inputs.bias, 17, screen=screen)
     scores = reference.scores(inputs.x.double(), inputs.weight.double(), inputs.bias.double()).relu()
@@ -95,7 +106,7 @@ def test_encode_real_values_regret_nothing(screen):
 
 
 @pytest.mark.parametrize("screen", SCREENS)
-def test_all_negative_rows_take_the_first_latents(screen):
+def test_all_negative_rows_take_the_first_latents(screen, library):
     x, weight, bias = integers(9, 8, 700)
     before = cpu.screen_stats().fallbacks
     acts, indices = cpu.encode(x, weight, bias - 1000, 13, screen=screen)
@@ -105,7 +116,7 @@ def test_all_negative_rows_take_the_first_latents(screen):
 
 
 @pytest.mark.parametrize("screen", SCREENS)
-def test_zeros_fill_the_smallest_free_indices(screen):
+def test_zeros_fill_the_smallest_free_indices(screen, library):
     x, weight, _ = integers(1, 4, 900)
     bias = torch.full((900,), -1e4)
     bias[[1, 3, 700]] = torch.tensor([20000.0, 30000.0, 40000.0])
@@ -117,7 +128,7 @@ def test_zeros_fill_the_smallest_free_indices(screen):
 @pytest.mark.parametrize("screen", SCREENS)
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
 @pytest.mark.parametrize("where", ["x", "weight", "bias"])
-def test_not_finite(where, value, screen):
+def test_not_finite(where, value, screen, library):
     x, weight, bias = integers(6, 8, 640)
     x[:, 0] = torch.tensor([1.0, -1, 2, 3, -2, 1])  # no 0·inf by chance
     {"x": x, "weight": weight, "bias": bias}[where].view(-1)[0] = value
@@ -125,7 +136,7 @@ def test_not_finite(where, value, screen):
 
 
 @pytest.mark.parametrize("screen", SCREENS)
-def test_duplicated_latents_tie_by_index(screen):
+def test_duplicated_latents_tie_by_index(screen, library):
     inputs = make_inputs(31, 33, 500, seed=3)  # rows of 33 floats start at every alignment
     weight, bias = inputs.weight.repeat(4, 1), torch.zeros(2000)
     acts, indices = cpu.encode(inputs.x, weight, bias, 8, screen=screen)
@@ -293,16 +304,50 @@ def test_screen_of_a_width_of_zero_ranks_the_bias():
     assert indices.tolist() == 3 * [[63, 62]]
 
 
+@pytest.mark.parametrize("D", [1, 7, 96, 255])
+@pytest.mark.parametrize("N", [1, 2, 33])
+def test_scores(N, D, library, monkeypatch):
+    """Beside float64, of rows that lie any way in memory; what oneDNN cannot do is not given to it."""
+    inputs = make_inputs(N, D, 123, seed=2)
+    truth = inputs.x.double() @ inputs.weight.double().T + inputs.bias.double()
+    plain = torch.addmm(inputs.bias, inputs.x, inputs.weight.T)
+    for x, weight in (
+        (inputs.x, inputs.weight),
+        (inputs.x.T.contiguous().T, inputs.weight.T.contiguous().T),
+        (inputs.x.repeat(1, 2)[:, :D], inputs.weight.repeat(1, 3)[:, :D]),
+    ):
+        scratch = cpu_linear.scratch_for(x, weight, N + 1)
+        assert (scratch is None) is library
+        assert_no_worse(cpu_linear.scores(x, weight, inputs.bias, scratch), plain, truth, floor=D * 2.0**-24)
+    assert not cpu_linear.by_onednn(inputs.x.double(), inputs.weight.double())
+    assert not cpu_linear.by_onednn(inputs.x[:0], inputs.weight)
+    assert not cpu_linear.by_onednn(inputs.x[:, :0], inputs.weight[:, :0])
+    monkeypatch.setattr(torch.backends.mkldnn, "enabled", False)
+    assert not cpu_linear.by_onednn(inputs.x, inputs.weight)
+
+
+def test_onednn_is_for_amd(monkeypatch):
+    for name, faster in (("AMD EPYC", True), ("Intel(R) Xeon(R) Processor", False)):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda name=name: {"cpu_name": name})
+        assert cpu_linear._faster.__wrapped__() is (faster and torch.backends.mkldnn.is_available())
+
+
 def test_screen_is_chosen_only_where_bfloat16_is_fast(monkeypatch):
     x, weight = torch.empty(2048, 768, device="meta"), torch.empty(12288, 768, device="meta")
-    for supported in (True, False):
-        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda value=supported: value)
-        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
-        assert cpu_screen.pays(x, weight, 32) is supported
+    amx, amd, neither = (True, False, ""), (False, True, "AMD EPYC"), (False, True, "Intel(R) Core(TM)")
+    for tiles, bf16, name in (amx, amd, neither):
+        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda value=tiles: value)
+        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda value=bf16: value)
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda value=name: {"cpu_name": value})
+        fast = tiles or "AMD" in name
+        assert cpu_screen.pays(x, weight, 32) is fast
         assert not cpu_screen.pays(x[:128], weight, 32)  # rounding the weights costs more than it saves
-        assert cpu_screen.pays(x[:, :128], weight[:, :128], 32) is supported
+        assert cpu_screen.pays(x[:256], weight, 32) is tiles
+        assert cpu_screen.pays(x[:, :128], weight[:, :128], 32) is fast
+        assert cpu_screen.pays(x[:, :128], weight[:4095, :128], 32) is tiles
         assert not cpu_screen.pays(x[:512, :128], weight[:, :128], 32)
-        assert not cpu_screen.pays(x, weight, 1024)
+        assert not cpu_screen.pays(x[:, :63], weight[:, :63], 32)
+        assert not cpu_screen.pays(x, weight, 193)
 
 
 # ---- products

@@ -8,7 +8,8 @@ import pytest
 ROOT = Path(__file__).parents[1]
 FLOORS = {
     "fastsae_kernels": [
-        "gpu keys ranks tuning reference cpu_sampled cpu_bound gemm_tile by_latent rules step_sizes pair_sums",
+        "gpu keys ranks tuning reference cpu_linear cpu_sampled cpu_bound gemm_tile by_latent rules step_sizes "
+        "pair_sums",
         "configs sparse_configs cpu_select cpu_candidates split row_best row_candidates",
         "auxk batch_topk center",
         "encoder_choice fused_product groupmax decode cpu_screen step_parts",

@@ -1,6 +1,8 @@
 """Trainer: real models, real steps, against the same mathematics written out by hand."""
 
 import json
+import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,6 +10,7 @@ from models import make_model, token_rows
 
 from fastsae import FastSae, SaeConfig, TrainConfig, Trainer, TranscoderConfig
 from fastsae.errors import ArtifactError, ConfigError, HookpointError, NonFiniteError
+from fastsae.run_folder import claimed_run_folder, create_run_folder
 
 SMALL = SaeConfig(num_latents=64, k=4)
 
@@ -282,6 +285,18 @@ def test_a_run_folder_is_never_overwritten(tmp_path):
     with pytest.raises(ArtifactError, match="already holds files; choose another --run-name"):
         Trainer(config(tmp_path, hookpoints=("h.0",), lr=0.1), rows, make_model("gpt2")).fit(progress=False)
     assert (tmp_path / "run/h.0/sae.safetensors").read_bytes() == before
+
+
+def test_runs_that_begin_in_the_same_second_have_folders_of_their_own(tmp_path, monkeypatch):
+    monkeypatch.setattr(time, "strftime", lambda _: "20260131-235959")
+    cfg = TrainConfig(SMALL, hookpoints=("h.0",), save_dir=str(tmp_path / "runs"))
+    folders = [Trainer(cfg, token_rows(4, 8), make_model("gpt2")).fit(progress=False).folder for _ in range(3)]
+    assert [folder.name for folder in folders] == [f"GPT2LMHeadModel-20260131-235959{i}" for i in ("", "-2", "-3")]
+    with claimed_run_folder(cfg, "gpt2") as one, claimed_run_folder(cfg, "gpt2") as other:
+        assert (one.name, other.name) == ("gpt2-20260131-235959", "gpt2-20260131-235959-2")
+    (tmp_path / "file").touch()
+    with pytest.raises(ArtifactError, match="expected a folder that can be written"):
+        create_run_folder(replace(cfg, save_dir=str(tmp_path / "file")), "gpt2")
 
 
 def test_empty_data(tmp_path):

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
-from . import cpu_screen
+from . import cpu_linear, cpu_screen
 from .cpu_sampled import sampled_products
 from .cpu_screen import screen_stats
 from .cpu_select import fill_zeros, largest
@@ -58,15 +58,16 @@ def encode(
 def _encode_exact(x, weight, bias, k, activation, latent_mask) -> tuple[Tensor, Tensor]:
     top_acts, top_indices = x.new_empty(len(x), k), torch.empty(len(x), k, dtype=torch.int64)
     rows = chunk_rows(x.dtype, len(x), len(weight))
-    scratch = x.new_empty(rows, len(weight))
+    scratch = cpu_linear.scratch_for(x, weight, rows)
     for start in range(0, len(x), rows):
         part = slice(start, min(start + rows, len(x)))
-        scores = torch.addmm(bias, x[part], weight.t(), out=scratch[: part.stop - start])
+        scores = cpu_linear.scores(x[part], weight, bias, scratch)
         if latent_mask is not None:
             scores.relu_().masked_fill_(~latent_mask, 0.0)
         elif activation == "groupmax":
             scores.relu_()  # in a group without a positive score the first zero wins
         top_acts[part], top_indices[part] = _select(scores, k, activation)
+        del scores  # before the next chunk's are made
     return top_acts, top_indices
 
 

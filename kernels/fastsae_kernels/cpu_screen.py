@@ -19,13 +19,17 @@ from torch import Tensor
 
 from .cpu_bound import Rounded, excluded_bound, norm, round_coder
 from .cpu_candidates import NONE, below, bits, candidates, few, numbers, ordered_bits, scored
+from .cpu_linear import is_amd
 from .cpu_select import GROUP, ordered
 
 USUAL = 1 / 8
 """Of the bound on the rounding errors' sum, what they add up to: they hardly ever all point one way."""
 
-LEAST = 2**17
-"""Numbers in a batch (N · D) from which it pays: measured on AMD, for D of 64 to 1024 and L of 2048 to 16384."""
+LEAST = 2**30
+"""N · L · min(D, 256) from which it pays on AMD: measured for D of 64 to 1024 and L of 2048 to 16384."""
+
+LEAST_AMX = 2**17
+"""N · D from which it pays on AMX, whose bfloat16 products are faster still."""
 
 
 class ScreenStats(NamedTuple):
@@ -54,15 +58,21 @@ def pays(x: Tensor, weight: Tensor, k: int) -> bool:
     faster than float32 ones: so with AMX and on AMD's AVX512-BF16, not on Intel's, whose vdpbf16ps has no more
     throughput than FMA.
     """
-    return x.numel() >= LEAST and x.shape[1] >= 64 and 64 * k <= len(weight) and _fast_bf16()
+    (N, D), L = x.shape, len(weight)
+    if D < 64 or 64 * k > L:
+        return False
+    return (N * D >= LEAST_AMX and _has_amx()) or (N * L * min(D, 256) >= LEAST and _is_amd_with_bf16())
 
 
-def _fast_bf16() -> bool:
+def _has_amx() -> bool:
     cpu = torch.cpu
-    if hasattr(cpu, "_is_amx_tile_supported") and cpu._is_amx_tile_supported():
-        return True
+    return hasattr(cpu, "_is_amx_tile_supported") and cpu._is_amx_tile_supported()
+
+
+def _is_amd_with_bf16() -> bool:
+    cpu = torch.cpu
     native = hasattr(cpu, "_is_avx512_bf16_supported") and cpu._is_avx512_bf16_supported()
-    return native and hasattr(cpu, "get_capabilities") and "AMD" in cpu.get_capabilities().get("cpu_name", "")
+    return native and is_amd()
 
 
 def screened_topk(
