@@ -3,6 +3,7 @@
     python benchmarks/peers/run.py                     # the CPU cases
     python benchmarks/peers/run.py --device cuda       # the GPU cases
     python benchmarks/peers/run.py --cases C1 --json out.json
+    python benchmarks/peers/run.py --no-screen         # as on a CPU whose bfloat16 products are not fast
 
 Every library trains on the same batches in turn (A B C D, B C D A, ...), so that drift of the machine hits all
 alike. Peak memory is a library's own: on a CPU that of a process for it alone, on a GPU what its tensors and one of
@@ -29,6 +30,7 @@ from typing import Any
 import torch
 from contestants import PACKAGES, Contestant, Setting, make
 from data import embedded, synthetic
+from fastsae_kernels import cpu_screen
 from torch import Tensor
 
 CASES = {  # name: device, N, D, L, k, lr, steps, hookpoint of the embedded model or None
@@ -48,10 +50,13 @@ def main() -> None:
     parser.add_argument("--cases", nargs="+", choices=list(CASES))
     parser.add_argument("--only", nargs="+", choices=list(PACKAGES))
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--no-screen", action="store_true")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--memory-of", nargs=2, metavar=("CASE", "LIBRARY"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
+    if args.no_screen:
+        cpu_screen.pays = lambda *_: False
     if args.memory_of:
         print(json.dumps(peak_memory(*args.memory_of)))
         return
@@ -64,7 +69,7 @@ def main() -> None:
             "pip install -r benchmarks/peers/requirements.txt, or choose with --only"
         )
     cases = args.cases or [name for name, case in CASES.items() if case[0] == args.device and name != "tiny"]
-    record = {"environment": environment(args.threads, versions), "cases": {}}
+    record = {"environment": environment(args.threads, versions), "screen": not args.no_screen, "cases": {}}
     for name in cases:
         record["cases"][name] = compare(name, args.only, args.threads)
         if args.json:
@@ -143,6 +148,7 @@ class GpuMemory:
 
 def peak_in_a_process(case: str, library: str, threads: int) -> float:
     command = [sys.executable, __file__, "--memory-of", case, library, "--threads", str(threads)]
+    command += ["--no-screen"] * ("--no-screen" in sys.argv)
     return json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[-1])
 
 
