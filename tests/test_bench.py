@@ -13,7 +13,8 @@ from fastsae import cli
 from fastsae.bench import run, timing
 from fastsae.bench.cases import chosen_encoder, contestants
 from fastsae.bench.problem import Problem, make_problem
-from fastsae.bench.report import Row, row_record, shape_table
+from fastsae.bench.record import Row, row_record
+from fastsae.bench.report import shape_table
 from fastsae.bench.shapes import OPS, SHAPES, Cost, Shape, parse_shapes
 from fastsae.bench.timing import Effort, Peaks, percentile, time_rounds
 from fastsae.bench.truth import Verdict, judge, limits, row_error, tolerance

@@ -49,7 +49,7 @@ FLOORS = {
         "cli __init__",
         "__main__",
     ],
-    "bench": ["__init__", "shapes timing exact", "problem", "truth", "cases report", "run"],
+    "bench": ["__init__", "shapes timing exact", "problem", "truth", "cases record report", "run"],
     "compat": [
         "__init__ hook_names files sparsify_flags",
         "coder",

@@ -20,7 +20,8 @@ from .. import ops
 from ..errors import ArtifactError, ConfigError, first_line
 from .cases import chosen_encoder, contestants
 from .problem import Problem, make_problem
-from .report import Row, device_name, environment, legend, remarks, row_record, shape_table, to_json, write_json
+from .record import Row, device_name, environment, row_record, to_json, write_json
+from .report import legend, remarks, shape_table
 from .shapes import OPS, BenchConfig
 from .timing import FULL, QUICK, Clock, Effort, clock_for, measure_peaks, time_rounds
 from .truth import Verdict, judge, tolerance
