@@ -279,7 +279,10 @@ def test_what_raises_differs_and_what_torch_lacks_is_skipped(problem, monkeypatc
         (["--implementation", "fast"], "implementation: expected some of auto, triton, cpu, reference, torch"),
         (["--device", "cpu", "--implementation", "triton"], "implementation 'triton' expects"),
         (["--device", "mps"], "device: expected cuda, cuda:N or cpu, got 'mps'"),
-        (["--device", "cuda:99"], "GPUs that torch sees, got 'cuda:99'"),
+        (
+            ["--device", "cuda:99"],
+            "GPUs, got 'cuda:99'" if torch.cuda.is_available() else "expected a GPU for 'cuda:99', got a machine",
+        ),
         (["--json", "/nowhere/bench.json"], "json: expected a file in a folder that exists"),
     ],
 )

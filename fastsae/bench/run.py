@@ -17,6 +17,7 @@ import torch
 from rich.console import Console
 
 from .. import ops
+from ..devices import resolve_device
 from ..errors import ArtifactError, ConfigError, first_line
 from .cases import chosen_encoder, contestants
 from .problem import Problem, make_problem
@@ -126,18 +127,9 @@ def _measure_shape(shape, dtype, device, implementations, clock, quick, notes):
 
 
 def _device(name: str | None) -> torch.device:
-    if name is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        device = None
-    if device is None or device.type not in ("cuda", "cpu"):
+    if name is not None and name.startswith("mps"):
         raise ConfigError(f"device: expected cuda, cuda:N or cpu, got {name!r}")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        count = torch.cuda.device_count()
-        raise ConfigError(f"device: expected one of the {count} GPUs that torch sees, got {name!r}; try --device cpu")
-    return device
+    return resolve_device(name)
 
 
 def _dtype(name: str, device: torch.device) -> torch.dtype:
