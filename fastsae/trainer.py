@@ -1,7 +1,7 @@
 """Trainer: one pass of a model over a dataset trains a coder at every hookpoint.
 
 "step" is an optimizer step, "batch" a batch of sequences. What a step does is in :mod:`.train_step`; here is what a run
-does: steps, records, checkpoints, stopping and going on.
+does: steps, records, when to save, stopping and its end.
 """
 
 from __future__ import annotations
@@ -10,29 +10,20 @@ import time
 from pathlib import Path
 from typing import Any, NoReturn
 
-from transformers import PreTrainedModel
-
-from .activations import ActivationSource
 from .checkpoint import write_json
-from .config import TrainConfig
-from .distributed.world import World
 from .errors import ArtifactError
 from .interrupt import Interrupted, StopSignals
 from .progress import CoderSummary, RunSummary, TrainProgress
-from .resume import check_same_run, rewind_metrics
 from .run_folder import create_run_folder
-from .run_lock import RunLock
-from .saving import keep_best, keep_checkpoint, save_coders
+from .saving_trainer import SavingTrainer
 from .tracking import Silence, Tracker
-from .train_step import StepTrainer
-from .training_state import begin_state, check_has_state, drop_states, end_state, read_newest_state, write_part
-from .version import __version__
+from .training_state import drop_states
 
 IDLE_BATCHES = 32
 """Batches from the first on without a token to train on, after which a run ends: there will be none."""
 
 
-class Trainer(StepTrainer):
+class Trainer(SavingTrainer):
     """Train coders on the activations of ``model`` over ``dataset`` (rows of ``input_ids``, equally long).
 
     ``model`` is any Hugging Face model; it is left as it was found. (Or what stands in its place: see
@@ -40,14 +31,6 @@ class Trainer(StepTrainer):
     :class:`fastsae.rows.RowSource`. ``coders`` maps names (``h.0.mlp.act``, with several seeds
     ``h.0.mlp.act/seed1``) to :class:`FastSae`. ``origin`` is stored in the run's config.json.
     """
-
-    def __init__(
-        self, cfg: TrainConfig, dataset: Any, model: PreTrainedModel | ActivationSource, *,
-        origin: dict[str, Any] | None = None, world: World | None = None,
-    ):  # fmt: skip
-        super().__init__(cfg, dataset, model, origin=origin, world=world)
-        self.folder: Path | None = None
-        self._ended, self._saved, self._lock = False, 0, RunLock()
 
     def fit(self, *, progress: bool = True) -> RunSummary:
         """Train to the end of the dataset, save, measure on the held-out sequences.
@@ -145,47 +128,6 @@ class Trainer(StepTrainer):
         rows = tuple(self._strategy.gather(rows).values())
         return RunSummary(folder=self.folder, coders=rows, seconds=seconds, dead_window=window)
 
-    def save(self) -> None:
-        """Write the training state and every coder into the run's folder, unless the training of any broke down."""
-        assert self.folder is not None
-        for metrics in self.metrics.values():
-            metrics.check()
-            metrics.check_weights(self.step)
-        self._save_state()
-        self._save_coders()
-        self._saved = self.step
-
-    def _save_state(self) -> None:
-        assert self.folder is not None
-        number, parts = self._strategy.part
-        if self.world.first:
-            begin_state(self.folder, self.step)
-        self.world.wait()
-        if number < parts:
-            write_part(self.folder, self.step, self.state_dict(), number, parts)
-        self.world.wait()
-        if self.world.first:
-            end_state(self.folder, self.step)
-
-    def _save_coders(self) -> None:
-        assert self.folder is not None
-        for name, coder in self.coders.items():
-            coder.notes = self._notes(name)
-        checkpoint = self._save_is_due() or self._ended  # else a stop, which leaves no trace
-        held_out = self.held_out_metrics() if self.cfg.save_best and checkpoint else None
-        number, parts = self._strategy.part
-        if number < parts:
-            with self.evaluation_weights():
-                save_coders(self.folder, self.coders)
-        self.world.wait()
-        if self.world.first and checkpoint:
-            keep_checkpoint(self.folder, self.specs, self.step, self.cfg.keep_last)
-        if self.world.first and held_out is not None:
-            keep_best(self.folder, self.step, held_out)
-
-    def _save_is_due(self) -> bool:
-        return self.step % self.cfg.save_every == 0
-
     def _stop(self, signum: int) -> None:
         if self._saved != self.step:
             self.save()
@@ -193,30 +135,3 @@ class Trainer(StepTrainer):
             f"stopped and saved after step {self.step} of {self.total_steps}; "
             f"go on with: fastsae train --resume {self.folder}", signum,
         )  # fmt: skip
-
-    def resume(self, folder: Path | str) -> None:
-        """Go to where the run in ``folder`` was last saved; :meth:`fit` goes on from there, bit by bit on a CPU.
-
-        The trainer must have been made with the run's own config, model and dataset. Raises
-        :class:`CheckpointError` where there is no whole training state, or it is another run's,
-        :class:`ArtifactError` while another process trains it.
-        """
-        with self.world.one_first(of_machine=False):  # which may delete a damaged one
-            if self.world.first:
-                check_has_state(Path(folder))
-                self._lock.take(Path(folder))
-            step, parts = read_newest_state(Path(folder))
-        check_same_run(self.cfg, parts[0], self._readers.size)
-        self.load_state_dict(*parts)
-        if self.world.first:
-            rewind_metrics(Path(folder), step)
-        self.folder = Path(folder)
-
-    def _notes(self, name: str) -> dict[str, Any]:
-        hookpoint = name.partition("/")[0]
-        return {
-            "version": __version__, "model": self._model_name(), "step": self.step, "tokens": self.tokens,
-            "hookpoint": hookpoint, "width": self.hookpoints[hookpoint].d_out,
-            **({"revision": self.origin["revision"]} if self.origin.get("revision") else {}),
-            **self.first_batches.sizes.get(hookpoint, {}),
-        }  # fmt: skip

@@ -42,6 +42,7 @@ FLOORS = {
         "first_batch",
         "end_to_end",
         "train_step",
+        "saving_trainer",
         "trainer eval encode push",
         "report activation_cache",
         "run bench compat.sparsify",
@@ -126,7 +127,7 @@ KERNELS_MAY_IMPORT = {
 MAY_IMPORT_KERNELS = {"ops.py", "row_optimizer.py", "bench/cases.py", "planning/work.py"}
 MAY_IMPORT_HUGGING_FACE = {
     *("activations.py", "coders.py", "data.py", "devices.py", "hookpoints.py", "hooks.py", "model.py", "run.py"),
-    *("sources.py", "stream.py", "tensor_parallel.py", "tokens.py", "train_step.py", "trainer.py"),
+    *("sources.py", "stream.py", "tensor_parallel.py", "tokens.py", "train_step.py"),
     *("cli/app.py", "demo/build.py", "eval/evaluate.py", "eval/tokens.py"),
     *("compat/sparsify/data.py", "compat/sparsify/trainer.py"),
 }
