@@ -64,7 +64,7 @@ FLOORS = {
     "sparsify": ["config data", "trainer", "__init__"],
     "formats": ["__init__ sparsify saelens dictionary_learning openai circuit_tracer"],
     "eval": [
-        "__init__ config estimate batches",
+        "__init__ config estimate batches subjects",
         "result",
         "reconstruction cross_entropy table",
         "evaluate tokens",

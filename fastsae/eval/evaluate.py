@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from rich.progress import Progress
@@ -15,37 +15,18 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..collation import check_rows
-from ..errors import ArtifactError, CheckpointError, HookpointError
+from ..errors import ArtifactError, HookpointError
 from ..hooks import run_hooked, run_replaced
 from ..model_loss import check_has_head
 from ..placement import entry_device
 from ..progress import console
-from ..sae import FastSae
 from ..saved import check_origin, check_places, coder_input
 from .batches import Batch, read_batches
 from .config import EvalConfig
 from .cross_entropy import LossSums, constant, cross_entropy, graft
 from .reconstruction import OutputMean, ReconstructionSums, decoder_cosines
 from .result import CoderEvaluation, Evaluation, JointEvaluation
-
-Coders = Mapping[str, FastSae]
-
-
-class Subject(NamedTuple):
-    """One coder under test."""
-
-    source: str
-    name: str
-    coder: FastSae
-
-    @property
-    def hookpoint(self) -> str:
-        return self.name.partition("/")[0]
-
-    @property
-    def group(self) -> tuple[str, str]:
-        """Coders that can be grafted together: of one source and one seed."""
-        return self.source, self.name.partition("/")[2]
+from .subjects import Coders, Subject, make_groups, make_subjects
 
 
 def evaluate(
@@ -68,11 +49,7 @@ def evaluate(
     width is never forced), :class:`HookpointError` where there is no such module.
     """
     cfg = cfg or EvalConfig()
-    subjects = [
-        Subject(source, name, coder.to(entry_device(model)))
-        for source, group in _by_source(coders).items()
-        for name, coder in group.items()
-    ]
+    subjects = make_subjects(coders, entry_device(model))
     name = model_name or model.name_or_path or ""
     return _Evaluator(subjects, model, tokens, cfg, name).run(progress)
 
@@ -86,10 +63,7 @@ class _Evaluator:
         if cfg.ce:
             check_has_head(model, "ce", "turn ce off")
         self.calls = self._check()
-        groups: dict[tuple[str, str], dict[str, FastSae]] = defaultdict(dict)
-        for subject in subjects:
-            groups[subject.group][subject.hookpoint] = subject.coder
-        self.groups = {group: coders for group, coders in groups.items() if len(coders) > 1}
+        self.groups = make_groups(subjects)
         self.losses: dict[tuple, LossSums] = defaultdict(LossSums)
 
     def run(self, progress: bool) -> Evaluation:
@@ -177,7 +151,7 @@ class _Evaluator:
             CoderEvaluation(
                 coders=subject.source, name=subject.name, hookpoint=subject.hookpoint,
                 reconstruction=sums[subject[:2]].read(self.cfg.dense_above),
-                decoder=decoder_cosines(_decoder(subject)),
+                decoder=decoder_cosines(subject.decoder),
                 cross_entropy=self._cross_entropy(("graft", *subject[:2]), (subject.hookpoint,)),
             )
             for subject in self.subjects
@@ -198,23 +172,9 @@ class _Evaluator:
         )
 
 
-def _by_source(coders: Coders | Mapping[str, Coders]) -> dict[str, Coders]:
-    if not coders:
-        raise CheckpointError("coders: expected at least one coder to evaluate, got none")
-    if all(isinstance(value, FastSae) for value in coders.values()):
-        return {"": coders}  # type: ignore[dict-item]
-    return dict(coders)  # type: ignore[arg-type]
-
-
 def _tokens(name: str, y: Tensor, kept: Tensor | None) -> Tensor:
     if y.ndim != 3 or (kept is not None and y.shape[:2] != kept.shape):
         raise HookpointError(
             f"{name}: expected activations [sequences, tokens, width] to evaluate, got {list(y.shape)}"
         )
     return y
-
-
-def _decoder(subject: Subject) -> Tensor:
-    if subject.coder.W_dec is None:
-        raise CheckpointError(f"{subject.name}: expected a coder with its decoder, got one loaded with decoder=False")
-    return subject.coder.W_dec
