@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from .coder_config import SaeConfig, TranscoderConfig
     from .config import TrainConfig
     from .data import load_tokens
-    from .distributed.world import joined
+    from .distributed.joining import joined
     from .encode import strongest_latents
     from .errors import FastsaeError
     from .eval.config import EvalConfig
@@ -51,7 +51,7 @@ _HOME = {
     "Trainer": "trainer",
     "TranscoderConfig": "coder_config",
     "evaluate": "eval.evaluate",
-    "joined": "distributed.world",
+    "joined": "distributed.joining",
     "load_language_model": "model",
     "load_model": "model",
     "load_tokenizer": "model",

@@ -1,7 +1,6 @@
 """Command-line options made from the configs: one list of options, documented where it is defined.
 
-Also the habits that sparsify's users bring along: ``--hookpoints a b``, ``--hookpoints a,b``, repeated
-options, underscores in option names, and ``--flag true``.
+A list's values are repeated options, or one with commas; :mod:`.arguments` reads other habits of sparsify's users.
 """
 
 from __future__ import annotations
@@ -11,19 +10,16 @@ import difflib
 import inspect
 import types
 from collections.abc import Callable, Iterable
-from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import typer
 
+from .arguments import SWITCH
 from .errors import ConfigError
 from .fields import field_docs
-from .run_config import TOKEN_NAMES
 
 _NESTED = {"sae"}
-_VALUED = {"--config", "--resume"}  # options with a value that no config has
 _UNSPLIT = {"set"}  # a comma is part of its values
-_SWITCH = {"on": True, "true": True, "off": False, "false": False}
 
 
 def with_options(*configs: type) -> Callable[[Callable], Callable]:
@@ -57,66 +53,6 @@ def build(config: type, values: dict[str, Any], **nested: Any) -> Any:
     known = {f.name for f in dataclasses.fields(config)} - _NESTED
     mine = {name: convert(name, value, hints[name]) for name, value in values.items() if name in known}
     return config(**mine, **nested)
-
-
-def normalise(arguments: list[str], configs: tuple[type, ...]) -> list[str]:
-    """Rewrite users' habits into what typer reads: ``--a_b x y --flag`` -> ``--a-b x --a-b y --flag on``.
-
-    A list takes the values behind it up to the next option, but not the command's own arguments: what can only be
-    one of them (see :func:`_is_argument`) ends the list, and so does ``--``.
-    """
-    kinds = {f"--{name.replace('_', '-')}": hint for config in configs for name, hint in get_type_hints(config).items()}
-    out: list[str] = []
-    own = -1  # arguments of the command itself, behind its name
-    i = 0
-    while i < len(arguments):
-        argument, i = arguments[i], i + 1
-        if not argument.startswith("--") or argument == "--":
-            own += argument != "--"
-            out.append(argument)
-            continue
-        name, equals, value = argument.partition("=")
-        name = name.replace("_", "-")
-        hint = kinds.get(name)
-        if kinds.get(positive := name.replace("--no-", "--", 1)) is bool and not equals:
-            switch = positive == name
-            if switch and i < len(arguments) and arguments[i].lower() in _SWITCH:
-                switch, i = _SWITCH[arguments[i].lower()], i + 1
-            out += [positive, "on" if switch else "off"]
-        elif get_origin(hint) is tuple and not equals:
-            first = i
-            while i < len(arguments) and not arguments[i].startswith("--"):
-                if i > first and _is_argument(arguments[i], get_args(hint)[0], own):
-                    break
-                out += [name, arguments[i]]
-                i += 1
-        else:
-            out.append(name + equals + value)
-            if (
-                (hint is not None or name in _VALUED) and not equals and i < len(arguments)
-            ):  # its value is no argument of the command
-                out.append(arguments[i])
-                i += 1
-    return out
-
-
-def _is_argument(text: str, item: Any, own: int) -> bool:
-    """Whether ``text``, behind values of a list of ``item``, is the command's MODEL or DATASET instead of a value.
-
-    Paths are, hub ids with a slash, and text among integers; before there is a MODEL, single words are, too
-    (``gpt2``): hookpoints and token ids do not look like that.
-    """
-    if own >= 2:
-        return False
-    if item is int:
-        return not all(part.lstrip("-").isdecimal() or part in TOKEN_NAMES for part in text.split(",") if part)
-    word = not any(mark in text for mark in ".*?[]:=,") and not text.isdecimal()
-    return "/" in text or _is_there(Path(text)) or text in ("demo", "stdlib") or (own < 1 and word)
-
-
-def _is_there(path: Path) -> bool:
-    """Whether a file, a model's folder or a dataset's is; a run's folders of coders are named by hookpoints."""
-    return path.is_file() or any((path / name).is_file() for name in ("config.json", "state.json", "dataset_dict.json"))
 
 
 def _parameters(config: type) -> list[inspect.Parameter]:
@@ -186,9 +122,9 @@ def convert(name: str, value: Any, hint: Any) -> Any:
     if not isinstance(value, str):
         return value
     if plain is bool:
-        if value.lower() not in _SWITCH:
+        if value.lower() not in SWITCH:
             raise ConfigError(f"{name}: expected on or off, got {value!r}")
-        return _SWITCH[value.lower()]
+        return SWITCH[value.lower()]
     if plain in (int, float):
         try:
             return plain(value)

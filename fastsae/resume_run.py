@@ -10,7 +10,7 @@ from .activation_cache.options import options_of_cache
 from .activation_cache.read import CachedActivations
 from .coder_config import SaeConfig
 from .config import TrainConfig
-from .distributed.world import joined, local_device
+from .distributed.joining import joined, local_device
 from .errors import ArtifactError
 from .options import build
 from .resume import check_resume_options, run_config_file

@@ -19,7 +19,8 @@ from .coder_config import SaeConfig
 from .config import TrainConfig
 from .data import load_tokens
 from .devices import resolve_device, resolve_dtype
-from .distributed.world import World, joined, local_device
+from .distributed.joining import joined, local_device
+from .distributed.world import World
 from .errors import ConfigError
 from .model import load_language_model, load_model, load_tokenizer
 from .ops import resolve

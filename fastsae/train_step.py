@@ -21,9 +21,10 @@ from .activations import ActivationSource, ModelPass, Use
 from .batches import prefetched
 from .coders import coder_specs, find_hookpoints, make_coders
 from .config import TrainConfig
+from .distributed.joining import current
 from .distributed.shared_model import check_same_rows
 from .distributed.strategies import make_strategy
-from .distributed.world import World, current
+from .distributed.world import World
 from .end_to_end import EndToEnd
 from .errors import ArtifactError, ConfigError
 from .first_batch import FirstBatches

@@ -18,7 +18,7 @@ from models import make_model, token_rows
 from torch import Tensor
 
 from fastsae import SaeConfig, TrainConfig, Trainer
-from fastsae.distributed.world import joined
+from fastsae.distributed.joining import joined
 from fastsae.rows import MapRows
 
 LENGTH, WIDTH, LATENTS, K = 8, 32, 66, 5

@@ -8,7 +8,7 @@ from typing import Any
 from models import token_rows
 
 from fastsae import RunConfig, SaeConfig, TrainConfig, Trainer, load_model
-from fastsae.distributed.world import joined
+from fastsae.distributed.joining import joined
 from fastsae.errors import ConfigError
 from fastsae.run import make_trainer
 

@@ -9,7 +9,7 @@ import torch
 from models import make_model, token_rows
 
 from fastsae import SaeConfig, TrainConfig, Trainer
-from fastsae.distributed.world import joined
+from fastsae.distributed.joining import joined
 
 MODES = {
     "": {},

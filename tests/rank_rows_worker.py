@@ -20,7 +20,7 @@ from transformers import AutoTokenizer, GPT2Config
 
 from fastsae import RunConfig, SaeConfig, TrainConfig, Trainer
 from fastsae.data import load_tokens
-from fastsae.distributed.world import joined
+from fastsae.distributed.joining import joined
 
 LENGTH = 4
 TOGETHER = 6  # rows of a batch, over all ranks

@@ -13,7 +13,8 @@ import torch.distributed as dist
 from models import make_model, token_rows
 
 from fastsae import SaeConfig, TrainConfig, Trainer
-from fastsae.distributed.world import World, joined
+from fastsae.distributed.joining import joined
+from fastsae.distributed.world import World
 
 TOGETHER = 6  # sequences of a batch, over all ranks
 CASES: dict[str, dict[str, Any]] = {

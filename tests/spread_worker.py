@@ -14,7 +14,7 @@ import torch
 from models import make_model, token_rows
 
 from fastsae import SaeConfig, TrainConfig, Trainer
-from fastsae.distributed.world import joined
+from fastsae.distributed.joining import joined
 
 ROWS, LENGTH, BATCH = 51, 5, 12
 EXACT = ("wte", "h.0.ln_1")  # their activations do not depend on what else is in the batch, to the bit

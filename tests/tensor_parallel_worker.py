@@ -12,7 +12,7 @@ from models import token_rows
 
 from fastsae import RunConfig, SaeConfig, TrainConfig, Trainer, load_model
 from fastsae.activations import ModelPass
-from fastsae.distributed.world import joined
+from fastsae.distributed.joining import joined
 from fastsae.errors import FastsaeError
 from fastsae.shards import probe_whole
 

@@ -29,7 +29,8 @@ FLOORS = {
         "coder_config coder_inputs encode_config coder_folders rows",
         "config_checks",
         "config run_config stream state_files",
-        "tokens options training_state devices",
+        "arguments tokens training_state devices",
+        "options",
         "loss checkpoint overrides resume run_lock run_file run_folder tracking progress sources batches model_loss",
         "coder_files hooks data model retention",
         "sae hookpoints",
@@ -73,7 +74,7 @@ FLOORS = {
     "activation_cache": ["__init__ config index order", "read write options", "training", "run"],
     "distributed": [
         "__init__ world balance",
-        "reduction exchange latent_peers",
+        "reduction exchange latent_peers joining",
         "strategy row_file",
         "modules latent_slice",
         "latents",

@@ -4,10 +4,11 @@ from itertools import pairwise
 
 import pytest
 
+from fastsae.arguments import normalise
 from fastsae.coder_config import SaeConfig
 from fastsae.config import TrainConfig
 from fastsae.errors import ConfigError
-from fastsae.options import build, normalise
+from fastsae.options import build
 from fastsae.run_config import RunConfig
 
 CONFIGS = (SaeConfig, TrainConfig, RunConfig)

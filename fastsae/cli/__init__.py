@@ -8,9 +8,9 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from ..arguments import normalise
 from ..compat.sparsify_flags import translate
 from ..errors import FastsaeError
-from ..options import normalise
 from ..version import __version__
 from .app import CONFIGS, OPTIONS, app, escape, speaker
 
