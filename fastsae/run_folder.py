@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import os
 import re
 import shutil
@@ -32,8 +31,11 @@ def create_run_folder(cfg: TrainConfig, model_name: str) -> Path:
             f"or go on with a run that was stopped: fastsae train --resume {folder}"
         )
     try:
-        folder = _made(folder) if cfg.run_name is None else folder
-        folder.mkdir(parents=True, exist_ok=True)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        if cfg.run_name:
+            folder.mkdir(exist_ok=True)
+        else:
+            folder = _make_new(folder)
         probe = folder / ".write-test"
         probe.touch()
         probe.unlink()
@@ -45,14 +47,16 @@ def create_run_folder(cfg: TrainConfig, model_name: str) -> Path:
     return folder
 
 
-def _made(folder: Path) -> Path:
-    """A new folder of this name, or with ``-2``, ``-3``, ... behind it."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    for name in itertools.chain([folder.name], (f"{folder.name}-{i}" for i in itertools.count(2))):
-        with suppress(FileExistsError):
-            (made := folder.with_name(name)).mkdir()
+def _make_new(folder: Path) -> Path:
+    """Make a folder of this name, or where there is one of it with ``-2``, ``-3``, ... behind it."""
+    made, count = folder, 1
+    while True:
+        try:
+            made.mkdir()
             return made
-    raise AssertionError  # there is always another name
+        except FileExistsError:
+            count += 1
+            made = folder.with_name(f"{folder.name}-{count}")
 
 
 @contextmanager

@@ -294,6 +294,8 @@ def test_runs_that_begin_in_the_same_second_have_folders_of_their_own(tmp_path, 
     assert [folder.name for folder in folders] == [f"GPT2LMHeadModel-20260131-235959{i}" for i in ("", "-2", "-3")]
     with claimed_run_folder(cfg, "gpt2") as one, claimed_run_folder(cfg, "gpt2") as other:
         assert (one.name, other.name) == ("gpt2-20260131-235959", "gpt2-20260131-235959-2")
+    unnamed = replace(cfg, run_name="")
+    assert len({create_run_folder(unnamed, "gpt2") for _ in range(2)}) == 2
     (tmp_path / "file").touch()
     with pytest.raises(ArtifactError, match="expected a folder that can be written"):
         create_run_folder(replace(cfg, save_dir=str(tmp_path / "file")), "gpt2")
