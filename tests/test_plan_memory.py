@@ -21,7 +21,7 @@ CASES = {
     "adam8bit": {"optimizer": "adam8bit"},
     "muon": {"optimizer": "muon"},
     "accumulated": {"grad_acc_steps": 2},
-    "micro-batches": {"batch_size": 16, "micro_acc_steps": 2, "max_grad_norm": 1.0},
+    "micro-batches": {"micro_acc_steps": 2, "max_grad_norm": 1.0},
     "transcoder": {"sae": replace(SAE, transcode=True, skip_connection=True), "hookpoints": ("*.0.mlp",)},
     "several hookpoints": {"hookpoints": ("h.0", "h.1.mlp", "h.1.mlp.act")},
     "multi-topk": {"sae": replace(SAE, multi_topk=True)},

@@ -55,8 +55,7 @@ def memory(situation: Situation, available: int | None) -> Memory:
     """On the device that holds the most."""
     s, held = situation, situation.layout.heaviest
     stays = sum((s.coder_bytes(name, latents) for name, latents in held.items()), Kept())
-    buffers = max((s.work.scratch(s.specs[name], latents, _rows(s)) for name, latents in held.items()), default=0)
-    buffers += _token_buffers(s, held) + _recorded(s, held)
+    buffers = _scratch(s, held) + _token_buffers(s, held) + _recorded(s, held)
     moments = list(_moments(s, held, stays.weights))
     when, activations, step = max(moments, key=lambda moment: moment[1] + moment[2])
     base = s.structure.weight_bytes + stays.total + buffers
@@ -69,6 +68,18 @@ def memory(situation: Situation, available: int | None) -> Memory:
 def _rows(s: Situation) -> int:
     """Tokens that a step trains a coder on, on one rank."""
     return s.cfg.batch_size * s.tokens * s.layout.joined
+
+
+def _measured_rows(s: Situation) -> int:
+    """Held-out tokens that a coder gets together."""
+    return min(s.held_out, s.cfg.batch_size) * s.tokens * s.layout.joined
+
+
+def _scratch(s: Situation, held: Mapping[str, int]) -> int:
+    """What the encoder keeps for its next call, by the largest of its calls."""
+    calls = (-(-_rows(s) // s.cfg.micro_acc_steps), _measured_rows(s))
+    sizes = (s.work.scratch(s.specs[name], latents, tokens) for name, latents in held.items() for tokens in calls)
+    return max(sizes, default=0)
 
 
 def _token_buffers(s: Situation, held: Mapping[str, int]) -> int:
@@ -106,8 +117,7 @@ def _moments(s: Situation, held: Mapping[str, int], weights: int) -> Iterator[tu
         late = s.layout.mode == "distribute-modules"  # trained after the forward, when its activations are gone
         yield f"training {name}", 0 if late else forward.held(hookpoint, B), copies + step
         if rest:
-            tokens = rest * s.tokens * s.layout.joined
-            step = s.work.forward(spec, latents, tokens)
+            step = s.work.forward(spec, latents, _measured_rows(s))
             yield f"measuring {name}", 0 if late else forward.held(hookpoint, rest), copies + averaging + step
 
 
