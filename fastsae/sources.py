@@ -13,11 +13,11 @@ from datasets.exceptions import DatasetNotFoundError
 from pyarrow import ArrowInvalid
 
 from . import demo
-from .errors import ArtifactError, first_line
+from .errors import ArtifactError
 from .hub import check_repository, close_by, looks_local
 from .memmap import SUFFIX as MEMMAP_SUFFIX
 from .run_config import RunConfig
-from .stream import UNREADABLE
+from .stream import UNREADABLE, reason
 
 DEFAULT_DATASET = "EleutherAI/SmolLM2-135M-10B"
 """What ``fastsae train MODEL`` trains on, as sparsify does."""
@@ -40,7 +40,8 @@ def load_data(name: str, run: RunConfig) -> Dataset | IterableDataset:
     if path.is_dir():
         if is_saved(path):
             return _load_saved(path, name, run)
-        builders = {_BUILDERS[_suffix(file)] for file in path.rglob("*") if _suffix(file) in _BUILDERS}
+        files = (file for file in path.rglob("*") if _suffix(file) in _BUILDERS and file.is_file())
+        builders = {_builder(file) for file in files}
         if len(builders) != 1:
             raise ArtifactError(
                 f"dataset: expected a save_to_disk folder, or one kind of file in {name} ({', '.join(_BUILDERS)}), "
@@ -89,9 +90,7 @@ def _read(builder: str, source: Path, run: RunConfig, **options: Any) -> Dataset
         raise ArtifactError(f"dataset: expected at least one row, got an empty file in {source}") from None
     except (DatasetNotFoundError, TypeError, *UNREADABLE) as error:
         way_out = "; pip install zstandard" if "zstd" in str(error) else ""
-        raise ArtifactError(
-            f"dataset: could not read {source} as {builder}: {first_line(error.__cause__ or error)}{way_out}"
-        ) from None
+        raise ArtifactError(f"dataset: could not read {source} as {builder}: {reason(error)}{way_out}") from None
 
 
 def _load_saved(folder: Path, name: str, run: RunConfig) -> Dataset | IterableDataset:
@@ -102,9 +101,7 @@ def _load_saved(folder: Path, name: str, run: RunConfig) -> Dataset | IterableDa
     except IndexError:  # datasets cannot read back what it saved
         raise ArtifactError("dataset: expected at least one row, got an empty dataset") from None
     except (OSError, KeyError, ArrowInvalid, UnicodeDecodeError) as error:
-        raise ArtifactError(
-            f"dataset: could not read {name} as a save_to_disk folder: {first_line(error.__cause__ or error)}"
-        ) from None
+        raise ArtifactError(f"dataset: could not read {name} as a save_to_disk folder: {reason(error)}") from None
     return data.to_iterable_dataset() if run.streaming else data
 
 
@@ -115,7 +112,7 @@ def _load_hub(name: str, run: RunConfig) -> Dataset | IterableDataset:
         return load_dataset(name, split=run.split, streaming=run.streaming, token=run.hf_token, **options)
     except (DatasetNotFoundError, TypeError, *UNREADABLE) as error:
         raise ArtifactError(
-            f"dataset: expected a hub id, a file or a folder, got {name!r}: {first_line(error.__cause__ or error)} "
+            f"dataset: expected a hub id, a file or a folder, got {name!r}: {reason(error)} "
             "Check the name, the network, --data-args and --hf-token; 'stdlib' needs none of them"
         ) from None
 

@@ -123,6 +123,10 @@ def readable(read: Callable[[], Any]) -> Any:
         raise
     except UNREADABLE as error:
         raise ArtifactError(
-            f"dataset: could not read on: {first_line(error.__cause__ or error)}; "
-            "text files must be UTF-8, and hub datasets within reach"
+            f"dataset: could not read on: {reason(error)}; text files must be UTF-8, and hub datasets within reach"
         ) from None
+
+
+def reason(error: Exception) -> str:
+    """What was wrong with the file: ``datasets`` raises an error of its own around that."""
+    return first_line(error.__cause__ or error)

@@ -58,6 +58,12 @@ def test_every_kind_of_folder(tmp_path, kind):
     assert [text for text in rows if text] == [text for text in TEXTS if text]
 
 
+def test_a_folder_of_folders_named_as_files(tmp_path):
+    (tmp_path / "part.csv").mkdir()
+    write_files(tmp_path / "part.csv", "jsonl")
+    assert load_data(str(tmp_path), RunConfig())["text"] == TEXTS
+
+
 def test_a_single_file_and_another_split(tmp_path):
     write_files(tmp_path, "jsonl")
     assert load_data(str(tmp_path / "a.jsonl"), RunConfig())["text"][2] == TEXTS[2]
