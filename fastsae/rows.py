@@ -148,9 +148,10 @@ def split_held_out(dataset: Any, wanted: int) -> tuple[RowSource, RowSource]:
 
     ``dataset`` is a :class:`RowSource`, or anything with ``len`` and ``[i]``.
     """
-    if not isinstance(dataset, RowSource):
+    rows = dataset
+    if not isinstance(rows, RowSource):
         check_rows(dataset)
-    rows = dataset if isinstance(dataset, RowSource) else MapRows(dataset)
+        rows = MapRows(dataset)
     return rows, rows.hold_out(held_out_sequences(wanted, rows.sequences))
 
 

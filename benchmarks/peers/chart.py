@@ -49,7 +49,11 @@ def panel(at: Any, results: dict[str, dict[str, Any]]) -> None:
 
 def label(record: dict[str, Any], case: dict[str, Any]) -> str:
     """The device and the shape of a case."""
-    e, s = record["environment"], case["setting"]
-    device = e["gpu"] or f"{e['threads']} threads of an {e['cpu']}".replace("(R)", "")
+    s, device = case["setting"], machine(record["environment"]).replace("(R)", "")
     where = f", {case['hookpoint']}" if case["hookpoint"] else ""
     return f"{device}: {s['N']} tokens, D = {s['D']}, L = {s['L']}, k = {s['k']}{where}"
+
+
+def machine(environment: dict[str, Any]) -> str:
+    """What a record was made on, in words."""
+    return environment["gpu"] or f"{environment['threads']} threads of an {environment['cpu']}"

@@ -68,10 +68,11 @@ def main() -> None:
             f"expected {', '.join(missing)} beside fastsae, not installed here; "
             "pip install -r benchmarks/peers/requirements.txt, or choose with --only"
         )
+    options = ["--threads", str(args.threads), *["--no-screen"] * args.no_screen]
     cases = args.cases or [name for name, case in CASES.items() if case[0] == args.device and name != "tiny"]
     record = {"environment": environment(args.threads, versions), "screen": not args.no_screen, "cases": {}}
     for name in cases:
-        record["cases"][name] = compare(name, args.only, args.threads)
+        record["cases"][name] = compare(name, args.only, options)
         if args.json:
             args.json.write_text(json.dumps(record, indent=1) + "\n")
 
@@ -88,8 +89,8 @@ def batches_of(s: Setting, hookpoint: str | None) -> tuple[list[Tensor], Tensor]
     return embedded(s.N, s.steps, s.seed, s.device, s.dtype, hookpoint)
 
 
-def compare(case: str, libraries: list[str], threads: int) -> dict[str, Any]:
-    """Train all, interleaved; print and return what each took and reached."""
+def compare(case: str, libraries: list[str], options: list[str]) -> dict[str, Any]:
+    """Train all, interleaved; print and return what each took and reached. ``options``: of processes of their own."""
     s, hookpoint = setting_of(case)
     batches, held_out = batches_of(s, hookpoint)
     contestants, seconds = {}, {name: [] for name in libraries}
@@ -107,7 +108,7 @@ def compare(case: str, libraries: list[str], threads: int) -> dict[str, Any]:
         results[name] = {
             "ms": [round(1e3 * t, 3) for t in seconds[name]],
             "median_ms": 1e3 * median(seconds[name][3:] or seconds[name]),  # the first ones warm up
-            "peak_mib": memory[name].peak / 2**20 if memory else peak_in_a_process(case, name, threads),
+            "peak_mib": memory[name].peak / 2**20 if memory else peak_in_a_process(case, name, options),
             "fvu": held_out_fvu(contestant.reconstruct, held_out),
         }
     report(case, s, hookpoint, results)
@@ -146,9 +147,8 @@ class GpuMemory:
         self.kept += torch.cuda.memory_allocated() - self._before
 
 
-def peak_in_a_process(case: str, library: str, threads: int) -> float:
-    command = [sys.executable, __file__, "--memory-of", case, library, "--threads", str(threads)]
-    command += ["--no-screen"] * ("--no-screen" in sys.argv)
+def peak_in_a_process(case: str, library: str, options: list[str]) -> float:
+    command = [sys.executable, __file__, "--memory-of", case, library, *options]
     return json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[-1])
 
 

@@ -11,7 +11,7 @@ import json
 import re
 from pathlib import Path
 
-from chart import draw
+from chart import draw, machine
 
 
 def main() -> None:
@@ -41,7 +41,6 @@ def write_between(page: Path, mark: str, text: str) -> None:
 def table(record: dict, path: Path) -> str:
     """One record as Markdown."""
     e = record["environment"]
-    machine = e["gpu"] or f"{e['threads']} threads of an {e['cpu']}"
     versions = ", ".join(f"{name} {version}" for name, version in e["versions"].items() if version)
     lines = [
         "| step (Adam) | library | ms | fastsae takes | peak MiB | held-out FVU |",
@@ -58,7 +57,7 @@ def table(record: dict, path: Path) -> str:
             )
             label = ""
     source = (
-        f"Raw times: `benchmarks/results/{path.name}`; {machine}, {e['date']}, commit {e['commit'][:7]}, {versions}."
+        f"Raw times: `benchmarks/results/{path.name}`; {machine(e)}, {e['date']}, commit {e['commit'][:7]}, {versions}."
     )
     return "\n".join(lines) + "\n\n" + source
 

@@ -30,7 +30,7 @@ def eval_run(source: str, model_name: str | None, dataset: str | None, options: 
     record = run_record(source)
     run: RunConfig = build(RunConfig, options)
     coders = _coders(source, build(EvalConfig, {**options, "exclude_tokens": ()}), resolve_device(run.device))
-    model_name = model_name or default_model(record, coders[next(iter(coders))].values())
+    model_name = model_name or default_model(record, next(iter(coders.values())).values())
     options = with_excluded_ids(options, lambda: load_tokenizer(model_name, run))
     defaults = {"exclude_tokens": tuple(record.get("exclude_tokens", ()))} if "exclude_tokens" not in options else {}
     cfg: EvalConfig = dataclasses.replace(build(EvalConfig, options), **defaults)

@@ -61,18 +61,13 @@ def pays(x: Tensor, weight: Tensor, k: int) -> bool:
     (N, D), L = x.shape, len(weight)
     if D < 64 or 64 * k > L:
         return False
-    return (N * D >= LEAST_AMX and _has_amx()) or (N * L * min(D, 256) >= LEAST and _is_amd_with_bf16())
+    if _supports("_is_amx_tile_supported") and N * D >= LEAST_AMX:
+        return True
+    return N * L * min(D, 256) >= LEAST and is_amd() and _supports("_is_avx512_bf16_supported")
 
 
-def _has_amx() -> bool:
-    cpu = torch.cpu
-    return hasattr(cpu, "_is_amx_tile_supported") and cpu._is_amx_tile_supported()
-
-
-def _is_amd_with_bf16() -> bool:
-    cpu = torch.cpu
-    native = hasattr(cpu, "_is_avx512_bf16_supported") and cpu._is_avx512_bf16_supported()
-    return native and is_amd()
+def _supports(what: str) -> bool:
+    return getattr(torch.cpu, what, lambda: False)()  # not in every version of torch
 
 
 def screened_topk(
